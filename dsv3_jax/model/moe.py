@@ -1,0 +1,180 @@
+"""DeepSeekMoE: sigmoid gate with group limit and bias, routed and shared experts (section 2.1.2)."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config import ModelConfig, RuntimeConfig
+from dsv3_jax.model.layers import SwiGLU
+from dsv3_jax.parallel import experts
+from pallas_kernels import grouped_matmul
+
+
+@flax.struct.dataclass
+class RoutingStats:
+    """What one MoE layer routed; a stack of layers puts a leading axis L on each array.
+
+    topk_idx: chosen experts, int32 [B, T, K], in no particular order.
+    topk_weight: their combine weights, float32 [B, T, K].
+    load: tokens each expert received, int32 [E], counted over `valid` positions.
+    balance_loss: sequence-wise balance loss without its weight alpha, float32 scalar.
+    """
+
+    topk_idx: jax.Array
+    topk_weight: jax.Array
+    load: jax.Array
+    balance_loss: jax.Array
+
+
+def select_experts(
+    scores: jax.Array, bias: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses K experts a token within its best groups, and their combine weights.
+
+    The biased scores choose: groups by the sum of their two best experts, then the K best experts
+    of the kept groups. The weights come from the unbiased scores.
+
+    Args:
+      scores: sigmoid affinities, float32 [M, E].
+      bias: `e_score_correction_bias`, float32 [E].
+
+    Returns:
+      topk_idx int32 [M, K] and topk_weight float32 [M, K].
+    """
+    biased_ME = scores + bias
+    if config.n_group > 1:
+        biased_MGE = biased_ME.reshape(scores.shape[0], config.n_group, -1)
+        group_score_MG = jax.lax.top_k(biased_MGE, 2)[0].sum(-1)
+        kept_MK = jax.lax.top_k(group_score_MG, config.topk_group)[1]
+        kept_MG = (kept_MK[:, :, None] == jnp.arange(config.n_group)).any(1)
+        # -inf and not 0: biased scores may be negative, and 0 would then win over them.
+        biased_ME = jnp.where(kept_MG[:, :, None], biased_MGE, -jnp.inf).reshape(scores.shape)
+    topk_idx = jax.lax.top_k(biased_ME, config.num_experts_per_tok)[1]
+    topk_weight = jnp.take_along_axis(scores, topk_idx, axis=-1)
+    if config.norm_topk_prob:
+        topk_weight = topk_weight / (topk_weight.sum(-1, keepdims=True) + 1e-20)
+    return topk_idx, topk_weight * config.routed_scaling_factor
+
+
+def _routing_stats(
+    scores: jax.Array,
+    topk_idx: jax.Array,
+    topk_weight: jax.Array,
+    valid: jax.Array | None,
+) -> RoutingStats:
+    """Loads and the balance loss; scores [B, T, E], topk_* [B, T, K], valid bool [B, T] or None."""
+    _, length, n_experts = scores.shape
+    choices = topk_idx.shape[-1]
+    chosen_BTE = (topk_idx[..., None] == jnp.arange(n_experts)).any(2)
+    share_BTE = scores / scores.sum(-1, keepdims=True)
+    if valid is None:
+        tokens_B = jnp.full(scores.shape[:1], length, jnp.float32)
+    else:
+        tokens_B = valid.sum(1).astype(jnp.float32)
+        chosen_BTE &= valid[..., None]
+        share_BTE = jnp.where(valid[..., None], share_BTE, 0)
+    count_BE = chosen_BTE.sum(1, dtype=jnp.int32)
+    fraction_BE = count_BE * n_experts / (choices * tokens_B[:, None])
+    share_BE = share_BTE.sum(1) / tokens_B[:, None]
+    return RoutingStats(
+        topk_idx=topk_idx,
+        topk_weight=topk_weight,
+        load=count_BE.sum(0),
+        balance_loss=(fraction_BE * share_BE).sum(-1).mean(),
+    )
+
+
+class Gate(nn.Module):
+    """Routes tokens, all in float32: [B, T, D] -> RoutingStats.
+
+    Parameter `kernel` [D, E]; `e_score_correction_bias` [E] in the collection `router_state`,
+    which no gradient and no optimizer touches.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array | None) -> RoutingStats:
+        config = self.config
+        init = nn.initializers.normal(config.initializer_range)
+        kernel = self.param("kernel", init, (config.hidden_size, config.n_routed_experts))
+        bias = self.variable(
+            "router_state",
+            "e_score_correction_bias",
+            lambda: jnp.zeros(config.n_routed_experts, jnp.float32),
+        )
+        # fp32: near-ties in bf16 change which expert wins.
+        x_MD = x.reshape(-1, config.hidden_size).astype(jnp.float32)
+        logits_ME = jnp.dot(x_MD, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        scores_ME = nn.sigmoid(logits_ME)
+        topk_idx, topk_weight = select_experts(
+            scores_ME, jax.lax.stop_gradient(bias.value), config
+        )
+
+        def per_sequence(a: jax.Array) -> jax.Array:
+            return a.reshape(*x.shape[:2], a.shape[-1])
+
+        return _routing_stats(
+            per_sequence(scores_ME), per_sequence(topk_idx), per_sequence(topk_weight), valid
+        )
+
+
+class RoutedExperts(nn.Module):
+    """The routed SwiGLU experts, dropless: tokens [M, D], topk_* [M, K] -> float32 [M, D].
+
+    Parameters: `gate_up_proj` [E, D, 2, F] (gate, then up) and `down_proj` [E, F, D].
+    """
+
+    config: ModelConfig
+    runtime: RuntimeConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, topk_idx: jax.Array, topk_weight: jax.Array) -> jax.Array:
+        config, dtype = self.config, self.runtime.compute_dtype
+        n_experts, hidden, width = (
+            config.n_routed_experts,
+            config.hidden_size,
+            config.moe_intermediate_size,
+        )
+        init = nn.initializers.normal(config.initializer_range)
+        gate_up = self.param("gate_up_proj", init, (n_experts, hidden, 2, width)).astype(dtype)
+        down = self.param("down_proj", init, (n_experts, width, hidden)).astype(dtype)
+        implementation = self.runtime.grouped_matmul
+
+        plan = experts.plan_dispatch(topk_idx, n_experts)
+        rows = experts.dispatch(x.astype(dtype), plan)
+        gate_up = gate_up.reshape(n_experts, hidden, 2 * width)
+        both = grouped_matmul(rows, gate_up, plan.group_sizes, implementation)
+        gate, up = jnp.split(both, 2, axis=-1)
+        out = grouped_matmul(nn.silu(gate) * up, down, plan.group_sizes, implementation)
+        return experts.combine(out, topk_weight, plan)
+
+
+class MoE(nn.Module):
+    """Routed plus shared experts: [B, T, D] -> [B, T, D] and RoutingStats.
+
+    `valid` (bool [B, T] or None) says which positions count in the statistics; all are computed.
+    """
+
+    config: ModelConfig
+    runtime: RuntimeConfig
+
+    def setup(self) -> None:
+        config, runtime = self.config, self.runtime
+        self.gate = Gate(config)
+        self.experts = RoutedExperts(config, runtime)
+        if config.n_shared_experts > 0:
+            width = config.moe_intermediate_size * config.n_shared_experts
+            self.shared_experts = SwiGLU(width, config, runtime)
+
+    def __call__(
+        self, x: jax.Array, valid: jax.Array | None = None
+    ) -> tuple[jax.Array, RoutingStats]:
+        stats = self.gate(x, valid)
+        x_MD = x.reshape(-1, x.shape[-1])
+        idx_MK, weight_MK = (a.reshape(len(x_MD), -1) for a in (stats.topk_idx, stats.topk_weight))
+        out = self.experts(x_MD, idx_MK, weight_MK).reshape(x.shape).astype(x.dtype)
+        if self.config.n_shared_experts > 0:
+            out = out + self.shared_experts(x)
+        return out, stats

@@ -1,0 +1,1 @@
+"""Where arrays live: today the dispatch of tokens to experts, on one device."""

@@ -1,0 +1,12 @@
+"""Kernels of DeepSeek-V3's hot loops, one public function per operation.
+
+    from pallas_kernels import causal_attention, grouped_matmul
+
+Every operation takes `implementation=None`, which picks by platform; naming one that cannot run
+raises. This package knows arrays only: no mesh, no configuration, no model.
+"""
+
+from pallas_kernels.attention import causal_attention
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+__all__ = ["causal_attention", "grouped_matmul"]

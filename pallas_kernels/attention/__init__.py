@@ -1,0 +1,39 @@
+"""Causal attention whose value heads may be narrower than its query and key heads (MLA)."""
+
+import jax
+
+from pallas_kernels._choose import choose
+from pallas_kernels.attention import portable
+
+_IMPLEMENTATIONS = {"portable": portable.causal_attention}
+
+
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> jax.Array:
+    """softmax(q kᵀ · scale) v, where query t sees keys 0..t; softmax in float32.
+
+    Args:
+      q: queries, [B, T, N, D].
+      k: keys, [B, T, N, D].
+      v: values, [B, T, N, H]; H may differ from D (MLA: 128 beside 192).
+      scale: factor on the scores.
+      implementation: "portable" (plain JAX, blocks of queries), or None to pick.
+
+    Returns:
+      [B, T, N, H] in the dtype of `q`.
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown implementation.
+    """
+    if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"{q.shape=}, {k.shape=}, {v.shape=} must be [B, T, N, D] twice and [B, T, N, H] "
+            "(causal_attention)"
+        )
+    return choose("causal_attention", _IMPLEMENTATIONS, implementation)(q, k, v, scale=scale)
