@@ -1,0 +1,1 @@
+"""Baselines and measurements of a trained model on held-out text."""

@@ -1,0 +1,1 @@
+"""Sampling from a model through the compressed decode cache."""

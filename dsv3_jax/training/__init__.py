@@ -1,0 +1,1 @@
+"""Losses, optimizer, train step, metrics and the training loop."""
