@@ -98,9 +98,17 @@ _YARN_IGNORED = frozenset({"type", "rope_type", "rope_theta"})
 
 def _rope_from_hf(raw: dict[str, Any], place: str) -> tuple[float, RopeScaling | None]:
     """Reads `rope_theta` and YaRN from either spelling (`rope_scaling` or `rope_parameters`)."""
+    for key in ("rope_parameters", "rope_scaling"):
+        _require(
+            isinstance(raw.get(key) or {}, dict),
+            f"{key}={raw.get(key)!r} must be an object or null",
+            place,
+        )
     parameters = dict(raw.get("rope_parameters") or {})
     scaling = dict(raw.get("rope_scaling") or {}) or parameters
-    theta = float(raw.get("rope_theta", parameters.get("rope_theta", 10000.0)))
+    theta = raw.get("rope_theta", parameters.get("rope_theta", 10000.0))
+    _check_type("rope_theta", theta, float, place)
+    theta = float(theta)
     kind = scaling.get("rope_type", scaling.get("type", "default" if not scaling else None))
     if kind == "default":
         return theta, None
@@ -113,6 +121,9 @@ def _rope_from_hf(raw: dict[str, Any], place: str) -> tuple[float, RopeScaling |
             place,
         )
     values = {key: scaling[key] for key in known if scaling.get(key) is not None}
+    for key, value in values.items():
+        kind = int if key == "original_max_position_embeddings" else float
+        _check_type(f"rope_scaling.{key}", value, kind, place)
     for key in ("mscale", "mscale_all_dim"):
         values.setdefault(key, None)
     for key in ("factor", "original_max_position_embeddings"):
@@ -178,6 +189,9 @@ class ModelConfig:
             f"num_hidden_layers={self.num_hidden_layers}",
             place,
         )
+        for name in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"{name}={value} must be positive", place)
         _require(
             self.qk_rope_head_dim % 2 == 0,
             f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE rotates pairs",

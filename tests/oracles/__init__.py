@@ -1,0 +1,1 @@
+"""Independent references the library is checked against; they share no code with it."""

@@ -1,0 +1,367 @@
+"""`ModelConfig.from_hf` on the family's published files, and the rules of every dataclass."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from dsv3_jax.config import (
+    BatchConfig,
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RopeScaling,
+    TrainConfig,
+)
+
+YARN: dict[str, Any] = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn",
+}
+# config.json as published with DeepSeek-V3 and R1.
+DEEPSEEK_V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": YARN,
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.3",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+# As published with Moonlight-16B-A3B: no low-rank query, one group, no rope_scaling.
+MOONLIGHT: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 163584,
+    "eos_token_id": 163586,
+    "ep_size": 1,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 11264,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 8192,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0,
+    "pretraining_tp": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.3",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 163840,
+}
+# What Kimi K2 changes relative to DeepSeek-V3.
+KIMI_K2 = DEEPSEEK_V3 | {
+    "aux_loss_alpha": 0.001,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "model_type": "kimi_k2",
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "pretraining_tp": 1,
+    "rope_scaling": YARN | {"beta_fast": 1.0, "factor": 32.0},
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "seq_aux": True,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+
+
+def _numbers(config, names):
+    return tuple(getattr(config, name) for name in names.split())
+
+
+def test_reads_deepseek_v3():
+    config = ModelConfig.from_hf(DEEPSEEK_V3)
+    assert config.rope_scaling == RopeScaling(40, 4096, 32, 1, 1.0, 1.0)
+    for field in dataclasses.fields(ModelConfig):
+        if field.name != "rope_scaling":
+            assert getattr(config, field.name) == DEEPSEEK_V3[field.name]
+
+
+def test_defaults_are_the_pretrained_671b_model():
+    """Everything but the release's position scaling, and the report's initialisation."""
+    config = ModelConfig.from_hf(DEEPSEEK_V3)
+    expected = dataclasses.replace(config, rope_scaling=None, initializer_range=0.006)
+    assert ModelConfig() == expected
+
+
+def test_reads_moonlight():
+    config = ModelConfig.from_hf(MOONLIGHT)
+    assert config.q_lora_rank is None and config.rope_scaling is None
+    names = "n_group topk_group n_routed_experts num_experts_per_tok n_shared_experts rms_norm_eps"
+    assert _numbers(config, names) == (1, 1, 64, 6, 2, 1e-5)
+    assert config.num_nextn_predict_layers == 0 and config.rope_theta == 50000.0
+    assert ModelConfig.from_hf(MOONLIGHT | {"rope_scaling": None}) == config
+
+
+def test_reads_kimi_k2():
+    config = ModelConfig.from_hf(KIMI_K2)
+    assert _numbers(config, "n_group n_routed_experts first_k_dense_replace") == (1, 384, 1)
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.beta_fast == config.rope_scaling.beta_slow == 1.0
+
+
+def test_reads_what_transformers_5_writes():
+    """It renames rope_scaling to rope_parameters, moves theta there and adds derived keys."""
+    transformers = pytest.importorskip("transformers")
+    wanted = ("architectures", "auto_map", "quantization_config", "torch_dtype")
+    values = {k: v for k, v in DEEPSEEK_V3.items() if k not in wanted}
+    written = json.loads(transformers.DeepseekV3Config(**values).to_json_string(use_diff=False))
+    assert "rope_parameters" in written and "rope_theta" not in written
+    assert ModelConfig.from_hf(written) == ModelConfig.from_hf(DEEPSEEK_V3)
+    unscaled = {k: v for k, v in MOONLIGHT.items() if k in values}
+    written = json.loads(transformers.DeepseekV3Config(**unscaled).to_json_string(use_diff=False))
+    assert ModelConfig.from_hf(written) == ModelConfig.from_hf(MOONLIGHT)
+
+
+def test_reads_newer_name_of_the_mtp_depth():
+    raw = {k: v for k, v in DEEPSEEK_V3.items() if k != "num_nextn_predict_layers"}
+    assert ModelConfig.from_hf(raw | {"num_mtp_layers": 2}).num_nextn_predict_layers == 2
+
+
+def test_reads_file_folder_and_dictionary_alike(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(DEEPSEEK_V3), encoding="utf-8")
+    want = ModelConfig.from_hf(DEEPSEEK_V3)
+    assert ModelConfig.from_hf(path) == ModelConfig.from_hf(str(tmp_path)) == want
+
+
+@pytest.mark.parametrize("raw", [DEEPSEEK_V3, MOONLIGHT, KIMI_K2], ids=["v3", "moonlight", "kimi"])
+def test_to_hf_comes_back(raw):
+    config = ModelConfig.from_hf(raw)
+    written = json.loads(json.dumps(config.to_hf()))
+    assert ModelConfig.from_hf(written) == config
+
+
+def test_absent_mscale_is_not_the_default():
+    yarn = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+    scaling = ModelConfig.from_hf(DEEPSEEK_V3 | {"rope_scaling": yarn}).rope_scaling
+    assert scaling is not None
+    assert scaling.mscale is None and scaling.mscale_all_dim is None
+    assert (scaling.beta_fast, scaling.beta_slow) == (32, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"n_routed_expert": 256}, ["n_routed_expert", "did you mean 'n_routed_experts'"]),
+        ({"sliding_window": 4096}, ["sliding_window"]),
+        ({"model_type": "llama"}, ["model_type='llama'", "deepseek_v3"]),
+        ({"scoring_func": "softmax"}, ["scoring_func='softmax'", "'sigmoid'"]),
+        ({"topk_method": "group_limited_greedy"}, ["topk_method", "'noaux_tc'"]),
+        ({"rope_interleave": False}, ["rope_interleave=False", "True"]),
+        ({"attention_bias": True}, ["attention_bias=True"]),
+        ({"moe_layer_freq": 2}, ["moe_layer_freq=2", "1"]),
+        ({"tie_word_embeddings": True}, ["tie_word_embeddings=True"]),
+        ({"num_key_value_heads": 8}, ["num_key_value_heads=8", "num_attention_heads=128"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "'yarn'"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, ["original_max_position_embeddings"]),
+        (
+            {"rope_scaling": YARN | {"beta_fas": 3}},
+            ["beta_fas", "did you mean 'beta_fast'"],
+        ),
+        ({"hidden_size": "7168"}, ["hidden_size='7168'", "integer"]),
+        ({"norm_topk_prob": 1}, ["norm_topk_prob=1", "true or false"]),
+        ({"rms_norm_eps": "1e-6"}, ["rms_norm_eps", "number"]),
+        ({"hidden_size": None}, ["hidden_size=None", "integer"]),
+        ({"rope_scaling": "yarn"}, ["rope_scaling='yarn'", "object"]),
+        ({"rope_scaling": YARN | {"factor": "40"}}, ["rope_scaling.factor='40'", "number"]),
+        (
+            {"rope_scaling": YARN | {"original_max_position_embeddings": 0.5}},
+            ["original_max_position_embeddings=0.5", "integer"],
+        ),
+        ({"rope_theta": "10000"}, ["rope_theta='10000'", "number"]),
+        ({"rope_theta": None}, ["rope_theta=None", "number"]),
+    ],
+)
+def test_from_hf_refuses_other_networks_and_says_where(tmp_path, change, words):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(DEEPSEEK_V3 | change), encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_hf(path)
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_ignore_skips_named_keys_only():
+    raw = DEEPSEEK_V3 | {"sliding_window": 4096, "other": 1}
+    assert ModelConfig.from_hf(raw, ignore=["sliding_window", "other"]).hidden_size == 7168
+    with pytest.raises(ConfigError, match="other"):
+        ModelConfig.from_hf(raw, ignore=["sliding_window"])
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]"])
+def test_broken_file_is_a_config_error_with_its_path(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="config.json"):
+        ModelConfig.from_hf(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ModelConfig.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 0}, ["vocab_size=0", "positive"]),
+        ({"rope_theta": 0.0}, ["rope_theta=0.0", "positive"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps=nan", "positive"]),
+        ({"n_shared_experts": -1}, ["n_shared_experts=-1"]),
+        ({"q_lora_rank": 0}, ["q_lora_rank=0", "null"]),
+        ({"first_k_dense_replace": 62}, ["first_k_dense_replace=62", "num_hidden_layers=61"]),
+        ({"qk_rope_head_dim": 63}, ["qk_rope_head_dim=63", "even"]),
+        ({"n_routed_experts": 250}, ["n_routed_experts=250", "divisible by n_group=8"]),
+        ({"topk_group": 9}, ["topk_group=9", "n_group=8"]),
+        ({"n_routed_experts": 8}, ["n_routed_experts=8", "n_group=8", "two experts"]),
+        ({"num_experts_per_tok": 129}, ["num_experts_per_tok=129", "128"]),
+    ],
+)
+def test_model_rules(change, words):
+    with pytest.raises(ConfigError) as error:
+        ModelConfig(**change)
+    message = str(error.value)
+    assert all(word in message for word in [*words, "(ModelConfig)"]), message
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_routed_experts": 8, "n_group": 1, "topk_group": 1}, {"q_lora_rank": None}]
+)
+def test_model_rules_allow_what_the_family_uses(change):
+    assert dataclasses.replace(ModelConfig(), **change) != ModelConfig()
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "word"),
+    [
+        (RopeScaling, {"factor": 0.5}, "factor=0.5"),
+        (RopeScaling, {"beta_fast": 1.0, "beta_slow": 2.0}, "beta_fast=1.0"),
+        (RopeScaling, {"original_max_position_embeddings": 0}, "original_max_position_embeddings"),
+        (ParallelConfig, {"expert": 2}, "expert=2"),
+        (DataConfig, {"sequence_length": 1}, "sequence_length=1"),
+        (DataConfig, {"fim_rate": 1.5}, "fim_rate=1.5"),
+        (DataConfig, {"held_out_fraction": 0.0}, "held_out_fraction=0.0"),
+        (DataConfig, {"seed": -1}, "seed=-1"),
+        (BatchConfig, {"size": 10, "microbatch_size": 4}, "size=10"),
+        (BatchConfig, {"size": 8, "microbatch_size": 4, "initial_size": 12}, "initial_size=12"),
+        (OptimizerConfig, {"beta2": 1.0}, "beta2=1.0"),
+        (OptimizerConfig, {"peak_lr": float("nan")}, "peak_lr=nan"),
+        (OptimizerConfig, {"clip_norm": 0.0}, "clip_norm=0.0"),
+        (LossConfig, {"balance_weight": -1e-4}, "balance_weight=-0.0001"),
+        (CheckpointConfig, {"keep": 0}, "keep=0"),
+        (EvaluationConfig, {"temperature": -0.1}, "temperature=-0.1"),
+        (TrainConfig, {"steps": 0}, "steps=0"),
+        (TrainConfig, {"total_tokens": 2**45}, "2**32 sequences"),
+        (TrainConfig, {"data": DataConfig(sequence_length=2**18)}, "max_position_embeddings"),
+        (
+            TrainConfig,
+            {
+                "data": DataConfig(sequence_length=4),
+                "model": ModelConfig(num_nextn_predict_layers=3),
+                "total_tokens": 100,
+            },
+            "num_nextn_predict_layers=3",
+        ),
+    ],
+)
+def test_section_rules(section, change, word):
+    with pytest.raises(ConfigError) as error:
+        section(**change)
+    assert word in str(error.value) and "(" in str(error.value)
+
+
+def test_faithful_behaviour_is_the_default():
+    config = TrainConfig()
+    assert config.model.num_nextn_predict_layers == 1 and config.model.n_group == 8
+    assert (config.loss.mtp_weight, config.loss.mtp_weight_final) == (0.3, 0.1)
+    assert (config.loss.balance_weight, config.loss.bias_update_speed) == (1e-4, 1e-3)
+    optimizer = config.optimizer
+    assert _numbers(optimizer, "beta1 beta2 weight_decay clip_norm") == (0.9, 0.95, 0.1, 1.0)
+    assert _numbers(optimizer, "peak_lr decay_lr final_lr") == (2.2e-4, 2.2e-5, 7.3e-6)
+    assert config.total_tokens == 14_800_000_000_000
+    assert sum(_numbers(optimizer, "constant_tokens decay_tokens hold_tokens")) == 14_633 * 10**9
