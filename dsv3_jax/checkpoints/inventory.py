@@ -1,0 +1,72 @@
+"""Size and CRC-32 of every file in a folder, to tell later whether they are as written."""
+
+import concurrent.futures
+import json
+import os
+import re
+import zlib
+from pathlib import Path
+
+INVENTORY = "inventory.json"
+
+
+def write_inventory(folder: Path) -> None:
+    """Lists every file under `folder` in its `inventory.json`."""
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        prints = pool.map(_fingerprint, (folder / name for name in names))
+        files = dict(zip(names, prints, strict=True))
+    with (folder / INVENTORY).open("w", encoding="utf-8") as file:
+        json.dump({"files": files, "crc32": _crc32_of(files)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())  # as Orbax does for its own files, before the rename
+
+
+def find_damage(folder: Path, only: str | None = None) -> str | None:
+    """The first disagreement between a folder and its inventory, None if there is none."""
+    try:
+        inventory = json.loads((folder / INVENTORY).read_text(encoding="utf-8"))
+        files = inventory["files"]
+        intact = inventory["crc32"] == _crc32_of(files)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{INVENTORY} cannot be read ({one_line(error)})"
+    if not intact:
+        return f"{INVENTORY} was changed"
+    names = [only] if only else sorted(files)
+
+    def check(name: str) -> str | None:
+        path = folder / name
+        try:
+            if path.stat().st_size != files[name][0]:
+                return f"{name} has {path.stat().st_size} bytes, not {files[name][0]}"
+            return None if _fingerprint(path) == files[name] else f"{name} was changed"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({one_line(error)})"
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return next(filter(None, pool.map(check, names)), None)
+
+
+def _fingerprint(path: Path) -> list[int]:
+    """[bytes, CRC-32] of a file."""
+    size, crc32 = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
+    return [size, crc32]
+
+
+def _crc32_of(files: dict[str, list[int]]) -> int:
+    return zlib.crc32(json.dumps(files, sort_keys=True).encode())
+
+
+def one_line(error: BaseException) -> str:
+    """The cause of an error as one line of at most 300 characters."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # as TensorStore reports it
+        return os.strerror(int(code[1]))
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
