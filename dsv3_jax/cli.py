@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import logging
 import os
 import re
 import sys
@@ -39,6 +40,9 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     Exceptions that are neither bad input nor failures (`RuntimeError`, `OSError`) are bugs and
     keep their traceback.
     """
+    logging.basicConfig(format="%(message)s")
+    for package in ("dsv3_jax", "pallas_kernels"):
+        logging.getLogger(package).setLevel(logging.INFO)
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()

@@ -11,8 +11,9 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable, Literal
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -65,7 +66,7 @@ class RopeScaling:
 _HF_IGNORED = frozenset(
     """
     _attn_implementation_autoset _experts_implementation _name_or_path
-    add_cross_attention architectures attention_dropout auto_map bad_words_ids
+    add_cross_attention architectures attention_dropout aux_loss_alpha auto_map bad_words_ids
     begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping
     encoder_no_repeat_ngram_size eos_token_id ep_size exponential_decay_length_penalty
@@ -78,7 +79,6 @@ _HF_IGNORED = frozenset(
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
     top_p torch_dtype torchscript transformers_version typical_p unsloth_fixed use_bfloat16
     use_cache
-    aux_loss_alpha
     """.split()
 )
 
@@ -93,7 +93,19 @@ _HF_REQUIRED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
 }
 _HF_MODEL_TYPES = ("deepseek_v3", "kimi_k2")
-_YARN_IGNORED = frozenset({"type", "rope_type", "rope_theta"})
+
+
+def _rope_theta_from_hf(raw: dict[str, Any], place: str) -> float:
+    """The base of the frequencies, wherever the file has it; 10000 where it has none."""
+    found = {"rope_theta": raw["rope_theta"]} if "rope_theta" in raw else {}
+    for key in ("rope_parameters", "rope_scaling"):
+        if (inner := (raw.get(key) or {}).get("rope_theta")) is not None:
+            found[f"{key}.rope_theta"] = inner
+    for name, value in found.items():
+        _check_type(name, value, float, place)
+    named = " and ".join(f"{name}={value}" for name, value in found.items())
+    _require(len(set(found.values())) <= 1, f"{named} must be equal", place)
+    return float(next(iter(found.values()), 10000.0))
 
 
 def _rope_from_hf(raw: dict[str, Any], place: str) -> tuple[float, RopeScaling | None]:
@@ -104,11 +116,9 @@ def _rope_from_hf(raw: dict[str, Any], place: str) -> tuple[float, RopeScaling |
             f"{key}={raw.get(key)!r} must be an object or null",
             place,
         )
-    parameters = dict(raw.get("rope_parameters") or {})
-    scaling = dict(raw.get("rope_scaling") or {}) or parameters
-    theta = raw.get("rope_theta", parameters.get("rope_theta", 10000.0))
-    _check_type("rope_theta", theta, float, place)
-    theta = float(theta)
+    scaling = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    scaling.pop("rope_theta", None)
+    theta = _rope_theta_from_hf(raw, place)
     kind = scaling.get("rope_type", scaling.get("type", "default" if not scaling else None))
     if kind == "default":
         return theta, None
@@ -116,7 +126,7 @@ def _rope_from_hf(raw: dict[str, Any], place: str) -> tuple[float, RopeScaling |
     known = {field.name for field in dataclasses.fields(RopeScaling)}
     for key in scaling:
         _require(
-            key in known | _YARN_IGNORED,
+            key in known | {"type", "rope_type"},
             f"unknown rope_scaling key {key!r}{nearest_name(key, known)}",
             place,
         )
@@ -191,7 +201,7 @@ class ModelConfig:
         )
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"{name}={value} must be positive", place)
+            _require(0 < value < math.inf, f"{name}={value} must be positive and finite", place)
         _require(
             self.qk_rope_head_dim % 2 == 0,
             f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE rotates pairs",
@@ -290,17 +300,16 @@ class ModelConfig:
             "grouped queries",
             place,
         )
-        known = set(fields) | set(_HF_REQUIRED)
-        known |= {"model_type", "num_key_value_heads", "rope_parameters", "n_group"}
+        known = {*fields, *_HF_REQUIRED, "model_type", "num_key_value_heads", "rope_parameters"}
         for key in raw:
             if key not in known and key not in _HF_IGNORED and key not in set(ignore):
                 hint = nearest_name(key, known)
                 raise ConfigError(f"unknown key {key!r}{hint} ({place})")
         values = {key: raw[key] for key in fields if key in raw}
         values["rope_theta"], values["rope_scaling"] = _rope_from_hf(raw, place)
-        for key in ("n_group", "topk_group"):
-            if values.get(key) is None and key in raw:
-                values[key] = 1
+        groups = values.get("n_group", 0)
+        if groups is None or (groups == 1 and values.get("topk_group", 1) is None):
+            values |= {"n_group": 1, "topk_group": 1}  # no groups, so nothing to choose among
         for key, value in values.items():
             _check_type(key, value, fields[key].type, place)
         return cls(**values)
@@ -322,16 +331,13 @@ def _check_type(key: str, value: Any, annotation: Any, place: str) -> None:
     """Refuses a JSON value of the wrong kind before arithmetic on it can raise something vague."""
     if annotation is int or annotation == (int | None):
         fits = isinstance(value, int) and not isinstance(value, bool)
-        fits = fits or (value is None and annotation != int)
+        fits = fits or (value is None and annotation is not int)
         _require(fits, f"{key}={value!r} must be an integer", place)
     elif annotation is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
         _require(fits, f"{key}={value!r} must be a number", place)
     elif annotation is bool:
         _require(isinstance(value, bool), f"{key}={value!r} must be true or false", place)
-
-
-REMAT_POLICIES = ("none", "full", "dots", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,11 +349,14 @@ class RuntimeConfig:
     `remat_policy`: what the backward pass recomputes: "none" keeps everything, "full" keeps only
     each layer's input, "dots" keeps the results of weight matmuls, "attention" keeps each layer's
     attention output.
+    `unroll_layers`: writes the loop over layers out: faster steps (no copies of what the backward
+    pass keeps) for a compilation that grows with the layers.
     `grouped_matmul`: implementation of `pallas_kernels.grouped_matmul`; null picks one.
     """
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat_policy: Literal["none", "full", "dots", "attention"] = "full"
+    unroll_layers: bool = False
     grouped_matmul: str | None = None
 
 
@@ -475,9 +484,8 @@ class OptimizerConfig:
         place = "OptimizerConfig"
         for name in ("peak_lr", "decay_lr", "final_lr", "weight_decay"):
             value = getattr(self, name)
-            _require(
-                math.isfinite(value) and value >= 0, f"{name}={value} must not be negative", place
-            )
+            sound = math.isfinite(value) and value >= 0
+            _require(sound, f"{name}={value} must be finite and not negative", place)
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name}={value} must be in [0, 1)", place)
@@ -508,7 +516,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            _require(value >= 0, f"{field.name}={value} must not be negative", "LossConfig")
+            sound = 0 <= value < math.inf
+            _require(sound, f"{field.name}={value} must be finite and not negative", "LossConfig")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -571,9 +580,8 @@ class TrainConfig:
         _require(
             self.steps is None or self.steps > 0, f"steps={self.steps} must be positive", place
         )
-        sequences = self.total_tokens / self.data.sequence_length
         _require(
-            sequences < 2**32,
+            self.total_tokens / self.data.sequence_length < 2**32,
             f"total_tokens={self.total_tokens} over sequence_length={self.data.sequence_length} "
             "must stay below 2**32 sequences, the range of the sequence counter",
             place,

@@ -2,8 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Mapping
-from typing import Callable
+from collections.abc import Callable, Mapping
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Much is compiled here once and run on a few numbers: the backend's optimisation does not pay.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import dataclasses
 import functools

@@ -196,6 +196,28 @@ def test_reads_what_transformers_5_writes():
     assert ModelConfig.from_hf(written) == ModelConfig.from_hf(MOONLIGHT)
 
 
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_reads_rope_theta_beside_the_scaling(place):
+    """Alone there, or at the top level with the same value."""
+    bare = {k: v for k, v in DEEPSEEK_V3.items() if k not in ("rope_theta", "rope_scaling")}
+    moved = bare | {place: YARN | {"rope_theta": 50000}}
+    config = ModelConfig.from_hf(moved)
+    assert config.rope_theta == 50000.0 and config.rope_scaling == RopeScaling()
+    assert ModelConfig.from_hf(moved | {"rope_theta": 50000.0}) == config
+    unscaled = ModelConfig.from_hf(bare | {place: {"rope_theta": 50000}})
+    assert unscaled == dataclasses.replace(config, rope_scaling=None)
+    assert ModelConfig.from_hf(bare).rope_theta == 10000.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n_group": None}, {"n_group": None, "topk_group": None}, {"n_group": 1, "topk_group": None}],
+)
+def test_no_groups_are_one_group(change):
+    config = ModelConfig.from_hf(DEEPSEEK_V3 | change)
+    assert (config.n_group, config.topk_group) == (1, 1)
+
+
 def test_reads_newer_name_of_the_mtp_depth():
     raw = {k: v for k, v in DEEPSEEK_V3.items() if k != "num_nextn_predict_layers"}
     assert ModelConfig.from_hf(raw | {"num_mtp_layers": 2}).num_nextn_predict_layers == 2
@@ -254,6 +276,12 @@ def test_absent_mscale_is_not_the_default():
         ),
         ({"rope_theta": "10000"}, ["rope_theta='10000'", "number"]),
         ({"rope_theta": None}, ["rope_theta=None", "number"]),
+        (
+            {"rope_scaling": YARN | {"rope_theta": 50000}},
+            ["rope_theta=10000", "rope_scaling.rope_theta=50000", "equal"],
+        ),
+        ({"rope_scaling": YARN | {"rope_theta": "1"}}, ["rope_scaling.rope_theta='1'", "number"]),
+        ({"n_group": 8, "topk_group": None}, ["topk_group=None", "integer"]),
     ],
 )
 def test_from_hf_refuses_other_networks_and_says_where(tmp_path, change, words):
@@ -292,6 +320,7 @@ def test_missing_file(tmp_path):
         ({"vocab_size": 0}, ["vocab_size=0", "positive"]),
         ({"rope_theta": 0.0}, ["rope_theta=0.0", "positive"]),
         ({"rms_norm_eps": float("nan")}, ["rms_norm_eps=nan", "positive"]),
+        ({"rope_theta": float("inf")}, ["rope_theta=inf", "finite"]),
         ({"n_shared_experts": -1}, ["n_shared_experts=-1"]),
         ({"q_lora_rank": 0}, ["q_lora_rank=0", "null"]),
         ({"first_k_dense_replace": 62}, ["first_k_dense_replace=62", "num_hidden_layers=61"]),
@@ -331,6 +360,8 @@ def test_model_rules_allow_what_the_family_uses(change):
         (BatchConfig, {"size": 8, "microbatch_size": 4, "initial_size": 12}, "initial_size=12"),
         (OptimizerConfig, {"beta2": 1.0}, "beta2=1.0"),
         (OptimizerConfig, {"peak_lr": float("nan")}, "peak_lr=nan"),
+        (OptimizerConfig, {"peak_lr": float("inf")}, "peak_lr=inf must be finite"),
+        (OptimizerConfig, {"weight_decay": -0.1}, "weight_decay=-0.1 must be finite and not neg"),
         (OptimizerConfig, {"clip_norm": 0.0}, "clip_norm=0.0"),
         (LossConfig, {"balance_weight": -1e-4}, "balance_weight=-0.0001"),
         (CheckpointConfig, {"keep": 0}, "keep=0"),

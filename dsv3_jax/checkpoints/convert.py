@@ -1,5 +1,6 @@
 """Weights in and out: `load_pretrained` and `to_hf_state_dict`."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,22 @@ import ml_dtypes
 import numpy as np
 
 from dsv3_jax.checkpoints import hf_names
+from dsv3_jax.checkpoints.metadata import config_from_dict
 from dsv3_jax.checkpoints.safetensors_io import TensorEntry, WeightsError, open_folder
+from dsv3_jax.checkpoints.store import CheckpointStore
 from dsv3_jax.config import ConfigError, ModelConfig, RuntimeConfig
 from dsv3_jax.model.transformer import Transformer
 
+_log = logging.getLogger(__name__)
+
+_READABLE = [np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
+
 # The gate and its bias decide routing: they keep float32 whatever the rest is loaded as.
 _ROUTER_MODULE = "gate"
+
+
+def _keeps_float32(path: tuple) -> bool:
+    return _ROUTER_MODULE in [key.key for key in path]
 
 
 def abstract_variables(config: ModelConfig) -> dict:
@@ -34,9 +45,18 @@ def _check_names(folder: Path, config: ModelConfig, entries: dict[str, TensorEnt
     """Every tensor maps, is a tied copy or is named as ignored; every parameter has a tensor."""
     needed = {row.name for row in hf_names.rows(config)}
     tied = hf_names.tied_copies(config)
-    for name in entries:
-        if name not in needed and name not in tied and hf_names.ignored_because(name) is None:
+    for name, entry in entries.items():
+        if entry.dtype not in _READABLE:
+            raise WeightsError(
+                f"tensor {name!r} has dtype {entry.dtype}, must be float64, float32, float16 or "
+                f"bfloat16 ({entry.file})"
+            )
+        if name in needed or name in tied:
+            continue
+        reason = hf_names.ignored_because(name)
+        if reason is None:
             raise WeightsError(f"tensor {name!r} fills no parameter of this config ({folder})")
+        _log.info("skipped tensor %s: %s", name, reason)
     for name in needed:
         if name not in entries:
             raise WeightsError(f"tensor {name!r} is missing ({folder})")
@@ -48,7 +68,7 @@ def _check_names(folder: Path, config: ModelConfig, entries: dict[str, TensorEnt
 def _slot_shape(shape: tuple[int, ...], row: hf_names.Row) -> tuple[int, ...]:
     """Shape of the tensor that `row` expects, for a parameter of `shape`."""
     indexed = shape[len(row.index) :]
-    kept = [n for n, i in zip(shape, row.index) if isinstance(i, slice)]
+    kept = [n for n, i in zip(shape, row.index, strict=False) if isinstance(i, slice)]
     slot = (*kept, *indexed)
     return slot[::-1] if row.transpose else slot
 
@@ -58,8 +78,7 @@ def _read_all(config: ModelConfig, entries: dict[str, TensorEntry], dtype: np.dt
     shapes = abstract_variables(config)
 
     def empty(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        keeps_float32 = _ROUTER_MODULE in [key.key for key in path]
-        return np.empty(leaf.shape, np.float32 if keeps_float32 else dtype)
+        return np.empty(leaf.shape, np.float32 if _keeps_float32(path) else dtype)
 
     arrays = jax.tree_util.tree_map_with_path(empty, shapes)
     for row in hf_names.rows(config):
@@ -70,26 +89,41 @@ def _read_all(config: ModelConfig, entries: dict[str, TensorEntry], dtype: np.dt
                 f"tensor {row.name!r} has shape {list(entry.shape)}, the config needs "
                 f"{list(expected)} ({entry.file})"
             )
-        if entry.dtype == ml_dtypes.float8_e4m3fn or entry.dtype.kind == "i":
-            raise WeightsError(
-                f"tensor {row.name!r} has dtype {entry.dtype}, must be F32, F16 or BF16 "
-                f"({entry.file})"
-            )
         tensor = entry.read()
         target[row.index] = (tensor.T if row.transpose else tensor).astype(target.dtype)
     return arrays
 
 
+def _read_hf_folder(folder: Path, dtype: str) -> tuple[ModelConfig, dict]:
+    config = ModelConfig.from_hf(folder)
+    entries = open_folder(folder)
+    _check_names(folder, config, entries)
+    return config, _read_all(config, entries, np.dtype(jnp.dtype(dtype)))
+
+
+def _read_checkpoint(folder: Path, dtype: str) -> tuple[ModelConfig, dict]:
+    """The network of a run's newest checkpoint, without its optimizer state."""
+    store = CheckpointStore(folder)
+    config = config_from_dict(store.read_metadata()["config"]).model
+    arrays, _ = store.restore(None, abstract_variables(config), partial=True)
+
+    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaf if _keeps_float32(path) else leaf.astype(dtype)
+
+    return config, jax.tree_util.tree_map_with_path(cast, arrays)
+
+
 def load_pretrained(
     path: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str = "bfloat16"
 ) -> tuple[Transformer, dict]:
-    """Loads a Hugging Face folder: `config.json` and safetensors with the released tensor names.
+    """Loads a Hugging Face folder or the newest checkpoint of a training run.
 
-    The gate and its bias stay float32; everything else becomes `dtype`, which is also the model's
-    compute dtype. Tied copies in the MTP layers are checked to be equal.
+    A Hugging Face folder holds `config.json` and safetensors with the released tensor names; tied
+    copies in the MTP layers are checked to be equal. The gate and its bias stay float32;
+    everything else becomes `dtype`, which is also the model's compute dtype.
 
     Args:
-      path: the folder.
+      path: a Hugging Face folder, the directory of a run, or its `checkpoints/`.
       mesh: every array is replicated over its devices; None is the default device.
       dtype: "bfloat16" or "float32".
 
@@ -99,17 +133,19 @@ def load_pretrained(
     Raises:
       WeightsError: damaged files; a tensor that is missing, fills no parameter, or has another
         shape than the config says.
-      ConfigError: a config.json of another architecture, or a wrong `dtype`.
+      ConfigError: a config.json of another architecture, no checkpoint, or a wrong `dtype`.
+      CheckpointError: the checkpoint is damaged.
     """
     folder = Path(path)
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"{dtype=} must be 'bfloat16' or 'float32' (load_pretrained)")
-    if not (folder / "config.json").is_file():
-        raise WeightsError(f"no config.json ({folder})")
-    config = ModelConfig.from_hf(folder)
-    entries = open_folder(folder)
-    _check_names(folder, config, entries)
-    arrays = _read_all(config, entries, np.dtype(jnp.dtype(dtype)))
+    run = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    if (folder / "config.json").is_file():
+        config, arrays = _read_hf_folder(folder, dtype)
+    elif run.name == "checkpoints" and run.is_dir():
+        config, arrays = _read_checkpoint(run, dtype)
+    else:
+        raise WeightsError(f"neither a config.json nor checkpoints/ of a run ({folder})")
     if mesh is None:
         variables = jax.tree.map(jnp.asarray, arrays)
     else:

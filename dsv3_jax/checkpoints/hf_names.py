@@ -7,7 +7,7 @@ no row and a parameter slot with no tensor are both visible.
 
 import dataclasses
 import re
-from typing import Iterator
+from collections.abc import Iterator
 
 from dsv3_jax.config import ModelConfig
 

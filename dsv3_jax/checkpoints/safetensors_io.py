@@ -6,6 +6,7 @@ are checked before anything is mapped.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -70,11 +71,10 @@ def _entry(file: Path, name: str, raw: Any, data: int, size: int) -> tuple[Tenso
     """One tensor's entry and its end, in bytes from the start of the data."""
     try:
         code, shape, (begin, end) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-    except (TypeError, KeyError, ValueError):
-        sound = False
-    if not sound:
-        raise WeightsError(f"tensor {name!r} has a malformed entry ({file})")
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise ValueError("a size or offset is not a whole number")
+    except (TypeError, KeyError, ValueError) as error:
+        raise WeightsError(f"tensor {name!r} has a malformed entry ({file})") from error
     if code not in _DTYPES:
         raise WeightsError(f"tensor {name!r} has unsupported dtype {code!r} ({file})")
     dtype = np.dtype(_DTYPES[code])
@@ -100,7 +100,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         entries[name], end = _entry(file, name, raw, data, size)
         spans.append((entries[name].offset, data + end, name))
     spans.sort()
-    for (_, end, name), (begin, _, following) in zip(spans, spans[1:]):
+    for (_, end, name), (begin, _, following) in itertools.pairwise(spans):
         if begin < end:
             raise WeightsError(f"tensors {name!r} and {following!r} overlap ({file})")
     return entries

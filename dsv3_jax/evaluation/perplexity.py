@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.model.transformer import Routing, Transformer
 from dsv3_jax.training.losses import token_scores
 
 
@@ -38,6 +38,19 @@ class HeldOutResult:
         return math.exp(self.loss)
 
 
+def _loads(routing: Routing, real_B: jax.Array, n_experts: int) -> list[jax.Array]:
+    """Tokens each expert received in real rows, int32 [L, E] of each stack of layers."""
+    stacks = [] if routing.moe_layers is None else [(routing.moe_layers.topk_idx, 0)]
+    stacks += [(stats.topk_idx[None], depth) for depth, stats in enumerate(routing.mtp, start=1)]
+    loads = []
+    for topk_idx_LBTK, ahead in stacks:
+        # An MTP module's last positions have no next token and do not count.
+        topk_idx_LBTK = topk_idx_LBTK[:, :, : topk_idx_LBTK.shape[2] - ahead]
+        chosen_LBTKE = topk_idx_LBTK[..., None] == jnp.arange(n_experts)
+        loads.append((chosen_LBTKE & real_B[:, None, None, None]).sum((1, 2, 3)))
+    return loads
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _score_batch(model: Transformer, variables: dict, tokens: jax.Array, real_B: jax.Array):
     """Sums over one batch of rows [B, T + 1]; rows with real_B False count nothing."""
@@ -52,12 +65,8 @@ def _score_batch(model: Transformer, variables: dict, tokens: jax.Array, real_B:
         _, ahead = token_scores(states.mtp[0], kernel, jnp.roll(targets, -1, axis=1))
         sums["mtp_hits"] = ((ahead[:, :-1] == targets[:, 1:]) & real).sum()
         sums["mtp_agrees"] = ((ahead[:, :-1] == best[:, 1:]) & real).sum()
-    stacks = [s for s in (states.routing.moe_layers, *states.routing.mtp) if s is not None]
-    chosen = [s.topk_idx.reshape(-1, *s.topk_idx.shape[-3:]) for s in stacks]
-    if chosen:
-        one_hot = jnp.concatenate(chosen)[..., None] == jnp.arange(model.config.n_routed_experts)
-        sums["load"] = (one_hot & real_B[:, None, None, None]).sum((1, 2, 3))
-    return sums
+    loads = _loads(states.routing, real_B, model.config.n_routed_experts)
+    return {**sums, "load": jnp.concatenate(loads)} if loads else sums
 
 
 def evaluate(

@@ -55,9 +55,7 @@ def write_report(
     """
     rows = data.held_out(config.evaluation.final_sequences)
     byte_lengths = data.tokenizer.byte_lengths
-    result = evaluate(
-        model, variables, rows, byte_lengths, batch_size=config.batch.microbatch_size
-    )
+    result = evaluate(model, variables, rows, byte_lengths, batch_size=config.batch.microbatch_size)
     bigram_loss = BigramModel.fit(data.train_tokens, data.tokenizer.vocab_size).loss(rows)
     summary = _summary(result, bigram_loss, float(byte_lengths[rows[:, 1:]].mean()))
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

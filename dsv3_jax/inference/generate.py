@@ -30,9 +30,7 @@ def _generate(
     eos_id: int,
 ) -> jax.Array:
     batch, length = prompt.shape
-    cache = init_cache(
-        model.config, batch, length + max_new_tokens, model.runtime.compute_dtype
-    )
+    cache = init_cache(model.config, batch, length + max_new_tokens, model.runtime.compute_dtype)
     draw = functools.partial(sample, temperature=temperature, top_p=top_p)
     out = model.apply(variables, prompt, cache=cache)
     key, first_key = jax.random.split(key)

@@ -50,7 +50,7 @@ class DecoderLayer(nn.Module):
         attended, cache = self.self_attn(self.input_layernorm(x), rotation, cache, cache_length)
         x = x + attended
         normed = self.post_attention_layernorm(x)
-        if self.moe:
+        if isinstance(self.mlp, MoE):
             out, stats = self.mlp(normed, valid)
         else:
             out, stats = self.mlp(normed), None
@@ -76,5 +76,6 @@ def layer_stack(
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
         length=length,
+        unroll=length if runtime.unroll_layers else 1,
     )
     return scanned(config, runtime, moe, name=name)

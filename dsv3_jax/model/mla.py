@@ -62,13 +62,19 @@ class MLA(nn.Module):
         cache: LayerCache | None = None,
         cache_length: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Attends; `rotation` is cos and sin [B, T, R/2] of the input's positions."""
+        """Attends; `rotation` is cos and sin [B, T, R/2] of the input's positions.
+
+        Raises:
+          ValueError: a cache without `cache_length`.
+        """
         q_nope_BTNP, q_pe_BTNR = self._queries(x, rotation)
         kv_BTC, k_pe_BTR = self._compressed(x, rotation)
         if cache is None:
             out_BTNH = self._expanded(q_nope_BTNP, q_pe_BTNR, kv_BTC, k_pe_BTR)
         else:
-            # Into dtype of the cache, at the rows that follow what is there.
+            if cache_length is None:
+                raise ValueError("cache_length=None must be given with a cache (MLA)")
+            # In the cache's dtype, at the rows that follow what is there.
             cache = LayerCache(
                 kv=lax.dynamic_update_slice_in_dim(
                     cache.kv, kv_BTC.astype(cache.kv.dtype), cache_length, axis=1

@@ -1,4 +1,4 @@
-"""DeepSeekMoE: sigmoid gate with group limit and bias, routed and shared experts (section 2.1.2)."""
+"""DeepSeekMoE: group-limited sigmoid gate with bias, routed and shared experts (section 2.1.2)."""
 
 import flax.linen as nn
 import flax.struct
@@ -108,9 +108,7 @@ class Gate(nn.Module):
         x_MD = x.reshape(-1, config.hidden_size).astype(jnp.float32)
         logits_ME = jnp.dot(x_MD, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
         scores_ME = nn.sigmoid(logits_ME)
-        topk_idx, topk_weight = select_experts(
-            scores_ME, jax.lax.stop_gradient(bias.value), config
-        )
+        topk_idx, topk_weight = select_experts(scores_ME, jax.lax.stop_gradient(bias.value), config)
 
         def per_sequence(a: jax.Array) -> jax.Array:
             return a.reshape(*x.shape[:2], a.shape[-1])

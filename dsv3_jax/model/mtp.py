@@ -36,4 +36,5 @@ class MTPModule(nn.Module):
         # Embedding first: the order of the released eh_proj, not of the report's equation 21.
         both = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
         x, (stats, _) = self.layer(self.eh_proj(both), rotation, valid, None, None)
+        assert stats is not None  # the layer was made with moe=True
         return self.shared_head_norm(x), stats

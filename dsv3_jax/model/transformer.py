@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig, RuntimeConfig
-from dsv3_jax.model.cache import Cache
+from dsv3_jax.model.cache import Cache, LayerCache
 from dsv3_jax.model.decoder import layer_stack
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.moe import RoutingStats
@@ -37,8 +37,9 @@ class ModelOutput:
     """What `Transformer` returns.
 
     logits: float32 [B, T, V]; position i scores token i + 1.
-    mtp_logits: D arrays like it; entry k at position i scores token i + k + 2. Its last k + 1
-      positions lack the token they would be fed and mean nothing. Empty unless `mtp=True`.
+    mtp_logits: one array like it a prediction depth; entry k at position i scores token i + k + 2.
+      Its last k + 1 positions lack the token they would be fed and mean nothing. Empty unless
+      `mtp=True`.
     routing: statistics of every MoE layer. cache: the cache extended, or None.
     """
 
@@ -111,12 +112,14 @@ class Transformer(nn.Module):
         """As `__call__`, without the output head."""
         if mtp and cache is not None:
             raise ValueError("mtp=True cannot be combined with a cache (Transformer)")
-        length = None if cache is None else cache.length
         positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-        rotation = rotations(self.config, positions if cache is None else positions + length)
+        if cache is not None:
+            positions = positions + cache.length
+        rotation = rotations(self.config, positions)
         embedded = self.embed_tokens(input_ids)
         x, stats = embedded, None
-        new_stacks = {"dense_layers": None, "moe_layers": None}
+        length = None if cache is None else cache.length
+        new_stacks: dict[str, LayerCache | None] = {"dense_layers": None, "moe_layers": None}
         for name in new_stacks:
             if not hasattr(self, name):
                 continue
@@ -127,7 +130,7 @@ class Transformer(nn.Module):
         hidden = self.norm(x)
         mtp_states, mtp_stats = self._predict_ahead(hidden, embedded, rotation) if mtp else ((), ())
         if cache is not None:
-            cache = Cache(length=length + input_ids.shape[1], **new_stacks)
+            cache = Cache(length=cache.length + input_ids.shape[1], **new_stacks)
         return HiddenStates(hidden, mtp_states, Routing(stats, mtp_stats), cache)
 
     def _predict_ahead(self, hidden, embedded, rotation):

@@ -144,9 +144,7 @@ class _Run:
         device = jax.devices()[0]
         self._peak = peak_flops(device.device_kind)
         has_mtp = config.model.num_nextn_predict_layers > 0
-        self._flops = train_flops_per_token(
-            config.model, config.data.sequence_length, mtp=has_mtp
-        )
+        self._flops = train_flops_per_token(config.model, config.data.sequence_length, mtp=has_mtp)
 
     @property
     def step(self) -> int:
@@ -173,13 +171,13 @@ class _Run:
         return result.loss
 
     def _record(self, writer: MetricsWriter, bar: ProgressBar, metrics: StepMetrics, s: float):
-        """Writes one step's numbers, `s` seconds after the step before."""
+        """Writes the numbers of a step that took `s` seconds."""
         values = jax.device_get(metrics)
         tokens = int(self.state.sequences) * self.config.data.sequence_length
         rate = (tokens - self._tokens_before) / s
         self._tokens_before = tokens
         mfu = None if self._peak is None else rate * self._flops / self._peak
-        scalar = {
+        scalar: dict[str, float | None] = {
             field.name: float(getattr(values, field.name))
             for field in dataclasses.fields(values)
             if field.name not in ("load", "skipped", "skipped_in_row")
@@ -191,7 +189,7 @@ class _Run:
         vio = values.load.max(-1, initial=0) / mean - 1
         extra = {f"max_vio/layer_{layer}": float(v) for layer, v in enumerate(vio)}
         writer.write(row, {**extra, "train/skipped_steps": float(self.state.skipped)})
-        bar.update(self.step, loss=scalar["loss"], tokens_per_s=rate, mfu=mfu)
+        bar.update(self.step, loss=float(values.loss), tokens_per_s=rate, mfu=mfu)
         if values.skipped:
             bar.print(f"step {self.step}: loss or gradient not finite, step skipped")
         limit = self.config.optimizer.max_skipped_in_a_row

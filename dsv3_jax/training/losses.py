@@ -86,9 +86,7 @@ def _cross_entropy_forward(hidden, kernel, targets, weights):
         nats, dlogits = _one_chunk(hidden, kernel, targets, weights)
         dlogits = dlogits.astype(kernel.dtype)
         dhidden = jnp.einsum("BTV,DV->BTD", dlogits, kernel)
-        dkernel += jnp.einsum(
-            "BTD,BTV->DV", hidden, dlogits, preferred_element_type=jnp.float32
-        )
+        dkernel += jnp.einsum("BTD,BTV->DV", hidden, dlogits, preferred_element_type=jnp.float32)
         return (total + nats, dkernel), dhidden
 
     start = (jnp.float32(0), jnp.zeros(kernel.shape, jnp.float32))
@@ -103,7 +101,6 @@ def _cross_entropy_backward(residuals, g):
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
-
 
 
 def token_scores(
@@ -125,7 +122,7 @@ def token_scores(
     return _joined(nats, targets.shape[1]), _joined(best, targets.shape[1])
 
 
-def _shifted_weights(depth: int, shape: tuple[int, int]) -> jax.Array:
+def _shifted_weights(depth: int, shape: tuple[int, ...]) -> jax.Array:
     """Equal weights, summing to one, on the positions whose token i + depth + 1 is known."""
     batch, length = shape
     known = (jnp.arange(length) < length - depth).astype(jnp.float32)

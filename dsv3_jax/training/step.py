@@ -1,6 +1,8 @@
 """One optimizer step as a pure function: gradients, AdamW, and the update of the expert biases."""
 
-from typing import Any, Callable
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from dsv3_jax.config import TrainConfig
+from dsv3_jax.model.moe import RoutingStats
 from dsv3_jax.model.transformer import Routing, Transformer, init_variables
 from dsv3_jax.training import optimizer
 from dsv3_jax.training.losses import LossTerms, loss_terms
@@ -34,12 +37,12 @@ class TrainState:
 
 @flax.struct.dataclass
 class StepMetrics:
-    """What one step reports; float32 scalars but for `load`.
+    """What one step reports: float32 scalars, but for the int32 `load` and counts of skipped steps.
 
     loss: main + mtp_weight · mtp_loss + balance_weight · balance_loss. load: tokens per expert,
     int32 [L, E], the MTP modules' layers last. max_vio: over all layers, the largest ratio of a
     layer's highest load to its mean, minus one (arXiv 2408.15664). skipped: 1 if the step changed
-    nothing because its loss or gradient was not finite.
+    nothing because its loss or gradient was not finite; skipped_in_row: how many such end here.
     """
 
     loss: jax.Array
@@ -85,11 +88,12 @@ def update_bias(bias_E: jax.Array, load_E: jax.Array, speed: jax.Array) -> jax.A
 
 def update_router_state(router_state: dict, routing: Routing, speed: jax.Array) -> dict:
     """Every bias updated from its own layer's load, the MTP modules' gates included."""
+    loads = {f"mtp_{depth}": stats.load for depth, stats in enumerate(routing.mtp)}
+    if routing.moe_layers is not None:
+        loads["moe_layers"] = routing.moe_layers.load
 
     def update(path: tuple, bias: jax.Array) -> jax.Array:
-        top = path[0].key
-        stats = routing.moe_layers if top == "moe_layers" else routing.mtp[int(top[4:])]
-        return update_bias(bias, stats.load, speed)
+        return update_bias(bias, loads[path[0].key], speed)
 
     return jax.tree_util.tree_map_with_path(update, router_state)
 
@@ -125,10 +129,13 @@ def _accumulate(loss_and_grad: Callable, params: dict, tokens: jax.Array):
 def _only_loads(routing: Routing) -> Routing:
     """Drops the per-token choices, which do not add up over microbatches."""
 
-    def strip(stats):
-        return None if stats is None else stats.replace(topk_idx=None, topk_weight=None)
+    def strip(stats: RoutingStats) -> RoutingStats:
+        # None is an empty pytree, which nothing is added to.
+        # pyrefly: ignore[bad-argument-type]
+        return dataclasses.replace(stats, topk_idx=None, topk_weight=None)
 
-    return Routing(strip(routing.moe_layers), tuple(strip(stats) for stats in routing.mtp))
+    moe_layers = None if routing.moe_layers is None else strip(routing.moe_layers)
+    return Routing(moe_layers, tuple(strip(stats) for stats in routing.mtp))
 
 
 def make_train_step(
@@ -151,11 +158,11 @@ def make_train_step(
             variables = {"params": params, "router_state": state.router_state}
             terms = loss_terms(model, variables, microbatch)
             loss = terms.main + mtp_weight * terms.mtp + config.loss.balance_weight * terms.balance
-            return loss, terms.replace(routing=_only_loads(terms.routing))
+            return loss, dataclasses.replace(terms, routing=_only_loads(terms.routing))
 
         loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, terms), grads = _accumulate(loss_and_grad, state.params, tokens)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         rate = optimizer.learning_rate(config.optimizer, state.step, seen)

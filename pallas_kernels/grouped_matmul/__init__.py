@@ -40,9 +40,7 @@ def grouped_matmul(
             f"{x.shape=}, {w.shape=}, {group_sizes.shape=} must agree in K and G (grouped_matmul)"
         )
     if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"{x.dtype=} and {w.dtype=} must be one floating dtype (grouped_matmul)"
-        )
+        raise ValueError(f"{x.dtype=} and {w.dtype=} must be one floating dtype (grouped_matmul)")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"{group_sizes.dtype=} must be an integer dtype (grouped_matmul)")
     run = choose("grouped_matmul", _IMPLEMENTATIONS, implementation)

@@ -11,8 +11,8 @@ from jax import lax
 
 
 def _tile_rows(rows: int, groups: int) -> int:
-    """Rows of a tile: the power of two near half a mean group, between 8 and 256, at most all."""
-    target = max(rows // (2 * groups), 1)
+    """Rows of a tile: the power of two up to the mean group, between 8 and 256, at most all."""
+    target = max(rows // groups, 1)
     return min(max(1 << (target.bit_length() - 1), 8), 256, rows)
 
 

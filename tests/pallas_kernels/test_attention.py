@@ -27,7 +27,7 @@ def test_forward_and_gradients(small_blocks, length):
         out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, scale=0.3), q, k, v)
         return out, *vjp(dy)
 
-    for ours, oracle in zip(both(causal_attention), both(reference.causal_attention)):
+    for ours, oracle in zip(both(causal_attention), both(reference.causal_attention), strict=True):
         assert np.linalg.norm(ours - oracle) <= 2e-6 * max(np.linalg.norm(oracle), 1)
 
 

@@ -63,7 +63,7 @@ def test_forward_and_both_gradients(name, dtype, implementation):
     x, w, dy = _case(rows, sizes, dtype)
     sizes = jnp.asarray(sizes, jnp.int32)
     ours = _value_and_vjp(x, w, sizes, dy, implementation=implementation)
-    for part, mine, oracle in zip(("out", "dx", "dw"), ours, _oracle(x, w, sizes, dy)):
+    for part, mine, oracle in zip(("out", "dx", "dw"), ours, _oracle(x, w, sizes, dy), strict=True):
         assert mine.dtype == jnp.dtype(dtype)
         assert _relative(mine, oracle) <= TOLERANCE[dtype], part
 
@@ -78,7 +78,7 @@ def test_rows_past_the_sum_are_never_read(implementation):
     poisoned = _value_and_vjp(
         x.at[used:].set(jnp.nan), w, sizes, dy.at[used:].set(jnp.nan), implementation=implementation
     )
-    for mine, poison in zip(clean, poisoned):
+    for mine, poison in zip(clean, poisoned, strict=True):
         np.testing.assert_array_equal(mine, poison)
     assert not np.asarray(clean[0][used:]).any() and not np.asarray(clean[1][used:]).any()
 
@@ -102,7 +102,7 @@ def test_any_group_sizes(implementation, cuts):
     sizes = np.diff(edges, prepend=0).astype(np.int32)
     x, w, dy = _case(61, sizes, "float32")
     ours = _value_and_vjp(x, w, jnp.asarray(sizes), dy, implementation=implementation)
-    for mine, oracle in zip(ours, _oracle(x, w, jnp.asarray(sizes), dy)):
+    for mine, oracle in zip(ours, _oracle(x, w, jnp.asarray(sizes), dy), strict=True):
         assert _relative(mine, oracle) <= TOLERANCE["float32"]
 
 
