@@ -18,9 +18,6 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# These models are tiny and compiled once or twice: optimising them costs more than it saves.
-_quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 @dataclasses.dataclass
 class Checkpoint:
@@ -62,7 +59,7 @@ class Checkpoint:
     def forward(self) -> Callable[[Any, Any], Any]:
         """Jitted `(variables, ids) -> output`, with the MTP logits where there are modules."""
         model, mtp = self.model, self.depth > 0
-        return _quick_jit(lambda variables, ids: model.apply(variables, ids, mtp=mtp))
+        return jax.jit(lambda variables, ids: model.apply(variables, ids, mtp=mtp))
 
     @functools.cached_property
     def output(self) -> Any:
@@ -117,12 +114,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkp
         return made[variant, tag]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def quick_jit() -> Callable[..., Any]:
-    """`jax.jit` without the compiler's expensive optimisations."""
-    return _quick_jit
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Laws the network obeys whatever its weights are; no reference needed."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
-def decode(quick_jit):
+def decode():
     """`decode(case, stops)`: logits of `case.token_ids` fed through the cache in pieces.
 
     The pieces end at `stops`; a jitted function is kept for each variant, so pieces of one length
@@ -24,7 +25,7 @@ def decode(quick_jit):
 
     def run(case, stops):
         if case.variant not in steps:
-            steps[case.variant] = quick_jit(
+            steps[case.variant] = jax.jit(
                 lambda variables, ids, cache: case.model.apply(variables, ids, cache=cache)
             )
         batch, length = case.token_ids.shape

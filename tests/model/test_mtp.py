@@ -1,5 +1,6 @@
 """Multi-token prediction: against the reference, against transformers, and its own rules."""
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -42,9 +43,9 @@ def test_mtp_logits_match_transformers(checkpoint, relative_l2, variant):
             assert relative_l2(case.output.mtp_logits[k][:, :rows], want) <= TOLERANCE
 
 
-def test_main_logits_are_the_same_without_mtp(checkpoint, quick_jit):
+def test_main_logits_are_the_same_without_mtp(checkpoint):
     case = checkpoint("two_mtp_modules")
-    out = quick_jit(case.model.apply)(case.variables, case.token_ids)
+    out = jax.jit(case.model.apply)(case.variables, case.token_ids)
     assert not out.mtp_logits
     # Another compilation may order sums differently: rounding only.
     np.testing.assert_allclose(out.logits, case.output.logits, rtol=0, atol=2e-5)

@@ -85,7 +85,7 @@ def _cross_entropy(logits, ids, ahead):
 
 
 @pytest.fixture(scope="module")
-def gradients(quick_jit):
+def gradients():
     """`gradients(case, mtp_weight)`: {released name: gradient} of main + weight * MTP loss."""
     compiled = {}
 
@@ -99,7 +99,7 @@ def gradients(quick_jit):
             return total
 
         if case.variant not in compiled:
-            compiled[case.variant] = quick_jit(jax.grad(loss))
+            compiled[case.variant] = jax.jit(jax.grad(loss))
         state = case.variables["router_state"]
         grads = compiled[case.variant](
             case.variables["params"], state, case.token_ids, jnp.float32(mtp_weight)

@@ -108,11 +108,11 @@ def _chosen(case, *mistakes):
     return routing.chosen.sort(-1).values.numpy()
 
 
-def test_gate_is_float32_in_a_bfloat16_model(gate_only, bfloat16_model, quick_jit):
+def test_gate_is_float32_in_a_bfloat16_model(gate_only, bfloat16_model):
     """Router bias, gate weight and router logits: each in bfloat16 would re-route tokens."""
     model, variables = bfloat16_model
     every_token = np.arange(gate_only.config["vocab_size"], dtype=np.int32)[None]
-    stats = quick_jit(model.apply)(variables, every_token).routing.moe_layers
+    stats = jax.jit(model.apply)(variables, every_token).routing.moe_layers
     want = _chosen(gate_only)
     np.testing.assert_array_equal(np.sort(np.asarray(stats.topk_idx)[0, 0]), want)
     load = np.bincount(want.reshape(-1), minlength=gate_only.config["n_routed_experts"])
@@ -152,11 +152,11 @@ def test_yarn_mscale_enters_the_softmax_scale_squared(checkpoint, relative_l2):
     _assert_right_and_mistake_seen(checkpoint("base"), relative_l2, "no_yarn_softmax_mscale")
 
 
-def test_yarn_applies_below_the_original_length_too(checkpoint, relative_l2, quick_jit):
+def test_yarn_applies_below_the_original_length_too(checkpoint, relative_l2):
     """As in transformers; DeepSeek's inference code scales only longer sequences."""
     case = checkpoint("base")
     length = case.config["rope_scaling"]["original_max_position_embeddings"] - 5
-    ours = quick_jit(case.model.apply)(case.variables, case.token_ids[:, :length]).logits
+    ours = jax.jit(case.model.apply)(case.variables, case.token_ids[:, :length]).logits
     right = case.reference_with(length=length).logits
     wrong = case.reference_with("yarn_only_past_original_length", length=length).logits
     assert relative_l2(ours, right) <= TOLERANCE
@@ -290,7 +290,7 @@ class Step:
 
 
 @pytest.fixture(scope="module")
-def step(checkpoint, quick_jit):
+def step(checkpoint):
     """A step of two accumulated microbatches, layers rematerialised, MTP of depth 2.
 
     Rates, decay and the weights of the losses are large, so each would show where it must not.
@@ -321,7 +321,7 @@ def step(checkpoint, quick_jit):
         skipped_in_row=zero,
     )
     batch = {"tokens": jnp.asarray(case.token_ids)[:, None]}
-    new, metrics = quick_jit(make_train_step(case.model, config))(state, batch)
+    new, metrics = jax.jit(make_train_step(case.model, config))(state, batch)
     tensors = to_hf_state_dict(
         case.model.config, {"params": new.params, "router_state": new.router_state}
     )
@@ -377,7 +377,7 @@ def test_losses_and_their_gradient_match_the_reference(step):
     assert float(got.grad_norm) == pytest.approx(norm, rel=1e-4)
 
 
-def test_bias_takes_no_gradient(checkpoint, quick_jit):
+def test_bias_takes_no_gradient(checkpoint):
     """It is no parameter, and no gradient reaches it through the choice of experts either."""
     case = checkpoint("base")
     params = jax.tree_util.tree_flatten_with_path(case.variables["params"])[0]
@@ -388,7 +388,7 @@ def test_bias_takes_no_gradient(checkpoint, quick_jit):
         out = case.model.apply(variables, case.token_ids, mtp=True)
         return (out.logits**2).mean() + (out.mtp_logits[0] ** 2).mean()
 
-    grads = jax.tree.leaves(quick_jit(jax.grad(loss))(case.variables["router_state"]))
+    grads = jax.tree.leaves(jax.jit(jax.grad(loss))(case.variables["router_state"]))
     assert len(grads) == 2
     assert all(not np.asarray(gradient).any() for gradient in grads)
 
