@@ -9,160 +9,9 @@ import pytest
 from dsv3_jax.config import ConfigError, ModelConfig, RopeScaling, TrainConfig
 from dsv3_jax.training.flops import parameter_counts, train_flops_per_token
 from dsv3_jax.training.optimizer import batch_size
+from tests.oracles import released
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-
-YARN_V3 = {
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "factor": 40,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "original_max_position_embeddings": 4096,
-    "type": "yarn",
-}
-FP8 = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [128, 128],
-}
-# config.json as released with DeepSeek-V3, key for key.
-V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "auto_map": {
-        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
-        "AutoModel": "modeling_deepseek.DeepseekV3Model",
-        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
-    },
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "quantization_config": FP8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": YARN_V3,
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.33.1",
-    "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
-V3_0324 = V3 | {"aux_loss_alpha": 0.001, "pretraining_tp": 1, "seq_aux": True}
-# R1 as transformers 4.57 writes it back.
-R1_RESAVED = {k: v for k, v in V3_0324.items() if k != "torch_dtype"} | {
-    "dtype": "bfloat16",
-    "head_dim": 64,
-    "qk_head_dim": 192,
-    "rope_interleave": True,
-    "rope_scaling": YARN_V3 | {"rope_type": "yarn"},
-    "transformers_version": "4.57.1",
-}
-V31 = V3 | {"quantization_config": FP8 | {"scale_fmt": "ue8m0"}, "transformers_version": "4.44.2"}
-KIMI_K2 = {k: v for k, v in V3.items() if k != "ep_size"} | {
-    "aux_loss_alpha": 0.001,
-    "bos_token_id": 163584,
-    "eos_token_id": 163585,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 131072,
-    "model_type": "kimi_k2",
-    "n_group": 1,
-    "n_routed_experts": 384,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "num_nextn_predict_layers": 0,
-    "pretraining_tp": 1,
-    "rope_scaling": YARN_V3 | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
-    "rope_theta": 50000.0,
-    "routed_scaling_factor": 2.827,
-    "seq_aux": True,
-    "topk_group": 1,
-    "transformers_version": "4.48.3",
-    "vocab_size": 163840,
-}
-# The text part of Kimi K2.5, with everything transformers 5 adds to it.
-KIMI_K25_TEXT = {k: v for k, v in KIMI_K2.items() if k not in ("rope_scaling", "torch_dtype")} | {
-    "_name_or_path": "",
-    "add_cross_attention": False,
-    "chunk_size_feed_forward": 0,
-    "cross_attention_hidden_size": None,
-    "decoder_start_token_id": None,
-    "dtype": "bfloat16",
-    "ep_size": 1,
-    "finetuning_task": None,
-    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
-    "is_decoder": False,
-    "is_encoder_decoder": False,
-    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
-    "max_position_embeddings": 262144,
-    "model_type": "deepseek_v3",
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "pad_token_id": 163839,
-    "prefix": None,
-    "problem_type": None,
-    "pruned_heads": {},
-    "quantization_config": {"format": "pack-quantized", "quant_method": "compressed-tensors"},
-    "return_dict": True,
-    "rms_norm_eps": 1e-05,
-    "rope_parameters": YARN_V3 | {"factor": 64.0, "rope_theta": 50000.0, "rope_type": "yarn"},
-    "sep_token_id": None,
-    "task_specific_params": None,
-    "tf_legacy_loss": False,
-    "tie_encoder_decoder": False,
-    "tokenizer_class": None,
-    "torchscript": False,
-    "use_bfloat16": False,
-}
-MOONLIGHT = {k: v for k, v in KIMI_K2.items() if k not in ("rope_scaling", "quantization_config")}
-MOONLIGHT |= {
-    "eos_token_id": 163586,
-    "ep_size": 1,
-    "hidden_size": 2048,
-    "intermediate_size": 11264,
-    "max_position_embeddings": 8192,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 1408,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_attention_heads": 16,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 27,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "rms_norm_eps": 1e-05,
-    "routed_scaling_factor": 2.446,
-    "transformers_version": "4.46.3",
-}
 
 
 def preset(name) -> TrainConfig:
@@ -245,22 +94,26 @@ def test_flops_of_the_presets():
 def test_presets_are_the_released_networks():
     """Only position scaling and, for V3, the initialisation differ: both documented there."""
     unscaled = {"rope_scaling": None, "max_position_embeddings": 4096}
-    v3 = dataclasses.replace(ModelConfig.from_hf(V3), initializer_range=0.006, **unscaled)
+    v3 = dataclasses.replace(ModelConfig.from_hf(released.V3), initializer_range=0.006, **unscaled)
     assert preset("v3_671b").model == v3
-    kimi = dataclasses.replace(ModelConfig.from_hf(KIMI_K2), **unscaled)
+    kimi = dataclasses.replace(ModelConfig.from_hf(released.KIMI_K2), **unscaled)
     assert preset("kimi_k2").model == kimi
-    assert preset("moonlight_16b").model == ModelConfig.from_hf(MOONLIGHT)
+    assert preset("moonlight_16b").model == ModelConfig.from_hf(released.MOONLIGHT)
 
 
-@pytest.mark.parametrize("variant", [V3_0324, R1_RESAVED, V31], ids=["0324", "R1 resaved", "V3.1"])
+@pytest.mark.parametrize(
+    "variant",
+    [released.V3_0324, released.R1_RESAVED, released.V31],
+    ids=["0324", "R1 resaved", "V3.1"],
+)
 def test_variants_of_v3_read_as_v3(variant):
-    assert ModelConfig.from_hf(variant) == ModelConfig.from_hf(V3)
+    assert ModelConfig.from_hf(variant) == ModelConfig.from_hf(released.V3)
 
 
 def test_kimi_k25_text_part_reads():
-    config = ModelConfig.from_hf(KIMI_K25_TEXT)
+    config = ModelConfig.from_hf(released.KIMI_K25_TEXT)
     expected = dataclasses.replace(
-        ModelConfig.from_hf(KIMI_K2),
+        ModelConfig.from_hf(released.KIMI_K2),
         max_position_embeddings=262144,
         rms_norm_eps=1e-5,
         rope_scaling=RopeScaling(64.0, 4096, 32.0, 1.0, 1.0, 1.0),
@@ -279,7 +132,7 @@ def test_kimi_k25_text_part_reads():
 )
 def test_neighbouring_architectures_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
-        ModelConfig.from_hf(V3 | change)
+        ModelConfig.from_hf(released.V3 | change)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
