@@ -4,7 +4,10 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Much is compiled here once and run on a few numbers: the backend's optimisation does not pay.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8",
+)
 
 import dataclasses
 import functools

@@ -8,6 +8,7 @@ from dsv3_jax.model.cache import LayerCache
 from dsv3_jax.model.layers import RMSNorm, SwiGLU
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE, RoutingStats
+from dsv3_jax.parallel.mesh import constrain
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -54,7 +55,7 @@ class DecoderLayer(nn.Module):
             out, stats = self.mlp(normed, valid)
         else:
             out, stats = self.mlp(normed), None
-        return x + out, (stats, cache)
+        return constrain(x + out, "batch", "sequence", None), (stats, cache)
 
 
 def remat_layer(runtime: RuntimeConfig, *, scanned: bool) -> type[DecoderLayer]:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig, RuntimeConfig
+from dsv3_jax.parallel.mesh import constrain
 
 
 class Linear(nn.Module):
@@ -62,4 +63,5 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(self.width, hidden, self.config, self.runtime)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        hidden = nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(constrain(hidden, "batch", "sequence", "ffn"))

@@ -15,6 +15,7 @@ from dsv3_jax.config import ModelConfig, RuntimeConfig
 from dsv3_jax.model.cache import LayerCache
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import rotate, softmax_scale
+from dsv3_jax.parallel.mesh import constrain
 from pallas_kernels import causal_attention
 
 # Hugging Face builds the two inner norms with the default epsilon, whatever rms_norm_eps says.
@@ -94,6 +95,7 @@ class MLA(nn.Module):
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.reshape(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
+        q = constrain(q, "batch", "sequence", "heads", None)
         q_nope_BTNP, q_pe_BTNR = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         return q_nope_BTNP, rotate(q_pe_BTNR, *rotation)
 
@@ -106,6 +108,8 @@ class MLA(nn.Module):
     def _expanded(self, q_nope_BTNP, q_pe_BTNR, kv_BTC, k_pe_BTR):
         config = self.config
         kv = self.kv_b_proj(kv_BTC).reshape(*q_nope_BTNP.shape[:3], -1)
+        # Every query sees keys of the whole sequence.
+        kv = constrain(kv, "batch", None, "heads", None)
         k_nope_BTNP, v_BTNH = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
         k_pe_BTNR = jnp.broadcast_to(k_pe_BTR[:, :, None], q_pe_BTNR.shape)
         return causal_attention(

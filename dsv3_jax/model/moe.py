@@ -1,5 +1,7 @@
 """DeepSeekMoE: group-limited sigmoid gate with bias, routed and shared experts (section 2.1.2)."""
 
+import functools
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 from dsv3_jax.config import ModelConfig, RuntimeConfig
 from dsv3_jax.model.layers import SwiGLU
 from dsv3_jax.parallel import experts
+from dsv3_jax.parallel.mesh import per_token
 from pallas_kernels import grouped_matmul
 
 
@@ -36,21 +39,21 @@ def select_experts(
     of the kept groups. The weights come from the unbiased scores.
 
     Args:
-      scores: sigmoid affinities, float32 [M, E].
+      scores: sigmoid affinities, float32 [..., E].
       bias: `e_score_correction_bias`, float32 [E].
 
     Returns:
-      topk_idx int32 [M, K] and topk_weight float32 [M, K].
+      topk_idx int32 [..., K] and topk_weight float32 [..., K].
     """
-    biased_ME = scores + bias
+    biased = scores + bias
     if config.n_group > 1:
-        biased_MGE = biased_ME.reshape(scores.shape[0], config.n_group, -1)
-        group_score_MG = jax.lax.top_k(biased_MGE, 2)[0].sum(-1)
-        kept_MK = jax.lax.top_k(group_score_MG, config.topk_group)[1]
-        kept_MG = (kept_MK[:, :, None] == jnp.arange(config.n_group)).any(1)
+        grouped = biased.reshape(*scores.shape[:-1], config.n_group, -1)
+        group_score = jax.lax.top_k(grouped, 2)[0].sum(-1)
+        kept_K = jax.lax.top_k(group_score, config.topk_group)[1]
+        kept_G = (kept_K[..., None] == jnp.arange(config.n_group)).any(-2)
         # -inf and not 0: biased scores may be negative, and 0 would then win over them.
-        biased_ME = jnp.where(kept_MG[:, :, None], biased_MGE, -jnp.inf).reshape(scores.shape)
-    topk_idx = jax.lax.top_k(biased_ME, config.num_experts_per_tok)[1]
+        biased = jnp.where(kept_G[..., None], grouped, -jnp.inf).reshape(scores.shape)
+    topk_idx = jax.lax.top_k(biased, config.num_experts_per_tok)[1]
     topk_weight = jnp.take_along_axis(scores, topk_idx, axis=-1)
     if config.norm_topk_prob:
         topk_weight = topk_weight / (topk_weight.sum(-1, keepdims=True) + 1e-20)
@@ -105,21 +108,20 @@ class Gate(nn.Module):
             lambda: jnp.zeros(config.n_routed_experts, jnp.float32),
         )
         # fp32: near-ties in bf16 change which expert wins.
-        x_MD = x.reshape(-1, config.hidden_size).astype(jnp.float32)
-        logits_ME = jnp.dot(x_MD, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        scores_ME = nn.sigmoid(logits_ME)
-        topk_idx, topk_weight = select_experts(scores_ME, jax.lax.stop_gradient(bias.value), config)
-
-        def per_sequence(a: jax.Array) -> jax.Array:
-            return a.reshape(*x.shape[:2], a.shape[-1])
-
-        return _routing_stats(
-            per_sequence(scores_ME), per_sequence(topk_idx), per_sequence(topk_weight), valid
+        logits_BTE = jnp.dot(
+            x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
+        scores_BTE = nn.sigmoid(logits_BTE)
+        topk_idx, topk_weight = per_token(
+            functools.partial(select_experts, config=config),
+            scores_BTE,
+            jax.lax.stop_gradient(bias.value),
+        )
+        return _routing_stats(scores_BTE, topk_idx, topk_weight, valid)
 
 
 class RoutedExperts(nn.Module):
-    """The routed SwiGLU experts, dropless: tokens [M, D], topk_* [M, K] -> float32 [M, D].
+    """The routed SwiGLU experts, dropless: tokens [B, T, D], topk_* [B, T, K] -> float32 [B, T, D].
 
     Parameters: `gate_up_proj` [E, D, 2, F] (gate, then up) and `down_proj` [E, F, D].
     """
@@ -138,15 +140,20 @@ class RoutedExperts(nn.Module):
         init = nn.initializers.normal(config.initializer_range)
         gate_up = self.param("gate_up_proj", init, (n_experts, hidden, 2, width)).astype(dtype)
         down = self.param("down_proj", init, (n_experts, width, hidden)).astype(dtype)
-        implementation = self.runtime.grouped_matmul
+        return experts.run_experts(
+            self._compute, x.astype(dtype), topk_idx, topk_weight, gate_up, down
+        )
 
-        plan = experts.plan_dispatch(topk_idx, n_experts)
-        rows = experts.dispatch(x.astype(dtype), plan)
-        gate_up = gate_up.reshape(n_experts, hidden, 2 * width)
-        both = grouped_matmul(rows, gate_up, plan.group_sizes, implementation)
+    def _compute(
+        self, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array
+    ) -> jax.Array:
+        """SwiGLU of rows [R, D] sorted by expert -> [R, D]."""
+        implementation = self.runtime.grouped_matmul
+        both = grouped_matmul(
+            rows, gate_up.reshape(*gate_up.shape[:2], -1), group_sizes, implementation
+        )
         gate, up = jnp.split(both, 2, axis=-1)
-        out = grouped_matmul(nn.silu(gate) * up, down, plan.group_sizes, implementation)
-        return experts.combine(out, topk_weight, plan)
+        return grouped_matmul(nn.silu(gate) * up, down, group_sizes, implementation)
 
 
 class MoE(nn.Module):
@@ -170,9 +177,7 @@ class MoE(nn.Module):
         self, x: jax.Array, valid: jax.Array | None = None
     ) -> tuple[jax.Array, RoutingStats]:
         stats = self.gate(x, valid)
-        x_MD = x.reshape(-1, x.shape[-1])
-        idx_MK, weight_MK = (a.reshape(len(x_MD), -1) for a in (stats.topk_idx, stats.topk_weight))
-        out = self.experts(x_MD, idx_MK, weight_MK).reshape(x.shape).astype(x.dtype)
+        out = self.experts(x, stats.topk_idx, stats.topk_weight).astype(x.dtype)
         if self.config.n_shared_experts > 0:
             out = out + self.shared_experts(x)
         return out, stats

@@ -12,6 +12,7 @@ from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.moe import RoutingStats
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.rope import rotations
+from dsv3_jax.parallel.mesh import constrain
 
 
 @flax.struct.dataclass
@@ -116,7 +117,7 @@ class Transformer(nn.Module):
         if cache is not None:
             positions = positions + cache.length
         rotation = rotations(self.config, positions)
-        embedded = self.embed_tokens(input_ids)
+        embedded = constrain(self.embed_tokens(input_ids), "batch", "sequence", None)
         x, stats = embedded, None
         length = None if cache is None else cache.length
         new_stacks: dict[str, LayerCache | None] = {"dense_layers": None, "moe_layers": None}

@@ -1,13 +1,23 @@
 """Dispatch of tokens to experts and back: no token is ever dropped (report section 2.1.2).
 
-Both directions are gathers by a permutation, and so are their gradients: a scatter-add would be
-slow and, on some devices, not deterministic.
+On one device the choices are sorted by expert. On a mesh with an expert axis every device holds
+E / expert of the experts: it sorts its own choices, sends each run of rows to the device of its
+experts, and gets the results back. All of it is gathers and exchanges by permutations, and so are
+the gradients: a scatter-add would be slow and, on some devices, not deterministic.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dsv3_jax.parallel.exchange import exchange, plan_transfer
+from dsv3_jax.parallel.mesh import axis_sizes, mesh_axes
+
+# (rows [R, D] sorted by expert, weights..., group_sizes int32 [E]) -> [R, D]
+Compute = Callable[..., jax.Array]
 
 
 class Dispatch(NamedTuple):
@@ -24,13 +34,19 @@ class Dispatch(NamedTuple):
 
 
 def plan_dispatch(topk_idx: jax.Array, n_experts: int) -> Dispatch:
-    """Sorts the choices by expert, stably; topk_idx int32 [M, K]."""
+    """Sorts the choices by expert, stably; topk_idx int32 [M, K].
+
+    Choices outside 0..`n_experts` - 1 come last and count for no expert.
+    """
     flat = topk_idx.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    rows = jnp.arange(flat.size, dtype=jnp.int32)
-    inverse = jnp.zeros_like(order).at[order].set(rows, unique_indices=True)
     group_sizes = (flat[:, None] == jnp.arange(n_experts)).sum(0, dtype=jnp.int32)
-    return Dispatch(order, inverse, group_sizes)
+    return Dispatch(order, _inverse(order), group_sizes)
+
+
+def _inverse(permutation: jax.Array) -> jax.Array:
+    rows = jnp.arange(permutation.size, dtype=jnp.int32)
+    return jnp.zeros_like(permutation).at[permutation].set(rows, unique_indices=True)
 
 
 @jax.custom_vjp
@@ -54,22 +70,120 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
-def _unsort(y: jax.Array, plan: Dispatch) -> jax.Array:
-    return y[plan.inverse]
+def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """x[order], for a permutation `order` of the rows and its inverse."""
+    return x[order]
 
 
-def _unsort_forward(y, plan):
-    return _unsort(y, plan), plan
+def _permute_forward(x, order, inverse):
+    return x[order], (order, inverse)
 
 
-def _unsort_backward(plan, dy):
-    return dy[plan.order], None
+def _permute_backward(residuals, dy):
+    return dy[residuals[1]], None, None
 
 
-_unsort.defvjp(_unsort_forward, _unsort_backward)
+permute.defvjp(_permute_forward, _permute_backward)
 
 
 def combine(y: jax.Array, topk_weight: jax.Array, plan: Dispatch) -> jax.Array:
     """Weighted sum of each token's K expert outputs: [M·K, D], float32 [M, K] -> float32 [M, D]."""
-    y_MKD = _unsort(y, plan).reshape(*topk_weight.shape, -1)
+    y_MKD = permute(y, plan.inverse, plan.order).reshape(*topk_weight.shape, -1)
     return jnp.einsum("MKD,MK->MD", y_MKD, topk_weight, preferred_element_type=jnp.float32)
+
+
+def run_experts(
+    compute: Compute,
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weight: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+) -> jax.Array:
+    """Sends tokens to their experts, computes, and returns the weighted sums.
+
+    Args:
+      compute: `compute(rows, gate_up, down, group_sizes)`, the experts at hand on rows sorted by
+        expert. With a tensor axis its result may lack the other devices' part of F: parts are
+        summed here.
+      x: tokens, [B, T, D].
+      topk_idx, topk_weight: int32 and float32 [B, T, K].
+      gate_up: [E, D, 2, F]. down: [E, F, D].
+
+    Returns:
+      float32 [B, T, D].
+
+    Raises:
+      ValueError: the mesh's expert or tensor axis does not divide E or F.
+    """
+    sizes = axis_sizes()
+    if max(sizes.values()) == 1:
+        return _on_one_device(compute, x, topk_idx, topk_weight, gate_up, down)
+    for axis, dimension, name in (("expert", 0, "E"), ("tensor", 3, "F")):
+        if gate_up.shape[dimension] % sizes[axis]:
+            raise ValueError(
+                f"{axis}={sizes[axis]} must divide {name}={gate_up.shape[dimension]} (run_experts)"
+            )
+    batch, sequence = mesh_axes("batch", x.shape[0]), mesh_axes("sequence", x.shape[1])
+    tokens = PartitionSpec(batch or None, sequence or None)
+    if sizes["expert"] == 1:
+        body = _on_one_device
+    elif "expert" in batch:
+        body = _by_exchange
+    else:
+        body = _by_selection
+
+    def on_each_device(*arrays: jax.Array) -> jax.Array:
+        out = body(compute, *arrays)
+        return jax.lax.psum(out, "tensor") if sizes["tensor"] > 1 else out
+
+    return jax.shard_map(
+        on_each_device,
+        in_specs=(
+            *(tokens,) * 3,
+            PartitionSpec("expert", None, None, "tensor"),
+            PartitionSpec("expert", "tensor"),
+        ),
+        out_specs=tokens,
+        check_vma=False,
+    )(x, topk_idx, topk_weight, gate_up, down)
+
+
+def _on_one_device(compute, x, topk_idx, topk_weight, gate_up, down):
+    """All experts are here."""
+    x_MD, idx_MK, weight_MK = _flatten(x, topk_idx, topk_weight)
+    plan = plan_dispatch(idx_MK, gate_up.shape[0])
+    out = compute(dispatch(x_MD, plan), gate_up, down, plan.group_sizes)
+    return combine(out, weight_MK, plan).reshape(x.shape)
+
+
+def _by_selection(compute, x, topk_idx, topk_weight, gate_up, down):
+    """Every device of the expert axis holds the same tokens: each adds what its experts give."""
+    x_MD, idx_MK, weight_MK = _flatten(x, topk_idx, topk_weight)
+    local = gate_up.shape[0]
+    idx_MK = idx_MK - jax.lax.axis_index("expert") * local
+    plan = plan_dispatch(jnp.where((idx_MK >= 0) & (idx_MK < local), idx_MK, local), local)
+    # Rows of other devices' experts lie past the sum of the group sizes and come out as zeros.
+    out = compute(dispatch(x_MD, plan), gate_up, down, plan.group_sizes)
+    return jax.lax.psum(combine(out, weight_MK, plan).reshape(x.shape), "expert")
+
+
+def _by_exchange(compute, x, topk_idx, topk_weight, gate_up, down):
+    """Rows travel to the device of their expert and back."""
+    x_MD, idx_MK, weight_MK = _flatten(x, topk_idx, topk_weight)
+    devices, sent = axis_sizes()["expert"], idx_MK.size
+    plan = plan_dispatch(idx_MK, gate_up.shape[0] * devices)
+    buffer = sent * devices  # holds every row of every device: none can be too many
+    transfer = plan_transfer(plan.group_sizes, "expert", buffer)
+    there, back = transfer.there, transfer.back
+    rows = exchange(dispatch(x_MD, plan), there, back, buffer, "expert")
+    rows = permute(rows, transfer.order, transfer.inverse)
+    out = compute(rows, gate_up, down, transfer.group_sizes)
+    out = permute(out, transfer.inverse, transfer.order)
+    out = exchange(out, back, there, sent, "expert")
+    return combine(out, weight_MK, plan).reshape(x.shape)
+
+
+def _flatten(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, T, X] -> [M, X] each."""
+    return tuple(a.reshape(-1, a.shape[-1]) for a in arrays)

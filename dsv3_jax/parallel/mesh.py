@@ -1,0 +1,99 @@
+"""The device mesh, and where activations lie on it.
+
+Model code names what an axis of an array means ("batch", "heads"); the table here says which axes
+of the mesh hold it. Without a mesh (`jax.set_mesh`) everything here does nothing, so the model
+reads, and runs, as for one device.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from dsv3_jax.config import ConfigError, ParallelConfig
+
+AXES = ("replica", "fsdp", "expert", "tensor", "context")
+
+# Logical axis of an activation -> axes of the mesh that share it out, in this order. The expert
+# axis carries batch too: outside the routed experts its devices hold different sequences.
+ACTIVATION_AXES = {
+    "batch": ("replica", "fsdp", "expert"),
+    "sequence": ("context",),
+    "heads": ("tensor",),
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of all `devices` (None: every device of every process).
+
+    One size may be -1: as many as are left.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [getattr(parallel, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        said = " x ".join(f"{axis} {getattr(parallel, axis)}" for axis in AXES)
+        raise ConfigError(f"{said} must multiply to the {len(devices)} devices (ParallelConfig)")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def axis_sizes() -> dict[str, int]:
+    """Sizes of the current mesh's axes; all 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return {axis: shape.get(axis, 1) for axis in AXES}
+
+
+def mesh_axes(logical: str | None, size: int) -> tuple[str, ...]:
+    """Axes of the current mesh that share out a dimension of `size`.
+
+    Where they do not divide it, the last ones are left out: their devices hold copies.
+    """
+    sizes = axis_sizes()
+    axes = [axis for axis in ACTIVATION_AXES.get(logical or "", ()) if sizes[axis] > 1]
+    while axes and size % math.prod(sizes[axis] for axis in axes):
+        axes.pop()
+    return tuple(axes)
+
+
+def activation_spec(shape: Sequence[int], logical: Sequence[str | None]) -> PartitionSpec:
+    """Where an activation of `shape` lies, given the meaning of each of its dimensions."""
+    return PartitionSpec(
+        *(mesh_axes(name, size) or None for name, size in zip(logical, shape, strict=True))
+    )
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """`x`, laid out on the current mesh by the meaning of its dimensions."""
+    if max(axis_sizes().values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, logical))
+
+
+def per_token(function: Callable[..., Any], tokens: jax.Array, *shared: jax.Array) -> Any:
+    """`function(tokens, *shared)`, each device computing its own tokens.
+
+    For operations that XLA would gather the tokens of all devices for, such as top-k.
+
+    Args:
+      function: treats every [b, t] of `tokens` alike; returns arrays [B, T, ...].
+      tokens: [B, T, ...].
+      shared: arrays that every token needs; every device holds them whole.
+    """
+    if max(axis_sizes().values()) == 1:
+        return function(tokens, *shared)
+    spec = activation_spec(tokens.shape[:2], ("batch", "sequence"))
+    return jax.shard_map(
+        function,
+        in_specs=(spec, *(PartitionSpec(),) * len(shared)),
+        out_specs=spec,
+        check_vma=False,
+    )(tokens, *shared)

@@ -1,0 +1,149 @@
+"""Routed experts on a mesh: the same sums and gradients as on one device, whatever the routing."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import ConfigError
+from dsv3_jax.parallel.experts import run_experts
+from dsv3_jax.parallel.mesh import AXES, activation_spec, constrain, make_mesh, per_token
+from pallas_kernels import reference
+
+B, T, D, E, F, K = 8, 6, 10, 16, 12, 3
+
+
+def sizes(**given: int) -> types.SimpleNamespace:
+    return types.SimpleNamespace(**{**dict.fromkeys(AXES, 1), **given})
+
+
+def compute(rows, gate_up, down, group_sizes):
+    """SwiGLU experts by the oracle of the grouped product."""
+    both = reference.grouped_matmul(rows, gate_up.reshape(*gate_up.shape[:2], -1), group_sizes)
+    gate, up = jnp.split(both, 2, axis=-1)
+    return reference.grouped_matmul(jax.nn.silu(gate) * up, down, group_sizes)
+
+
+@functools.cache
+def case(routing: str, batch: int) -> tuple:
+    """(x, topk_idx, topk_weight, gate_up, down): `skewed` sends every token to expert 5 and none
+    to the last three quarters of the experts."""
+    rng = np.random.default_rng(0)
+    pool = E if routing == "spread" else E // 4 + 2
+    idx = np.stack([rng.permutation(pool)[:K] for _ in range(B * T)]).reshape(B, T, K)
+    if routing == "skewed":
+        idx = np.where((idx == 5).any(-1, keepdims=True), idx, [5, 0, 1])
+    x = rng.normal(size=(B, T, D))
+    weight = rng.random((B, T, K))
+    gate_up, down = rng.normal(size=(E, D, 2, F)) * 0.3, rng.normal(size=(E, F, D)) * 0.3
+    floats = [a.astype(np.float32) for a in (x[:batch], weight[:batch], gate_up, down)]
+    return floats[0], idx[:batch].astype(np.int32), *floats[1:]
+
+
+def outputs_and_gradients(x, idx, weight, gate_up, down):
+    def loss(x, weight, gate_up, down):
+        out = run_experts(compute, x, idx, weight, gate_up, down)
+        return (out * jnp.cos(jnp.arange(D))).sum(), out
+
+    grads, out = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(x, weight, gate_up, down)
+    return out, *grads
+
+
+def by_loop(x, idx, weight, gate_up, down):
+    """The plain meaning: every token through each of its experts."""
+    out = np.zeros(x.shape)
+    for b, t, k in np.ndindex(idx.shape):
+        gate, up = np.einsum("d,dhf->hf", x[b, t].astype(np.float64), gate_up[idx[b, t, k]])
+        hidden = gate / (1 + np.exp(-gate)) * up
+        out[b, t] += weight[b, t, k] * (hidden @ down[idx[b, t, k]])
+    return out
+
+
+MESHES = [
+    {"fsdp": 8},
+    {"expert": 8},
+    {"expert": 4, "fsdp": 2},
+    {"tensor": 2, "expert": 4},
+    {"context": 2, "fsdp": 4},
+    {"replica": 2, "expert": 4},
+    {"context": 2, "expert": 2, "tensor": 2},
+]
+
+
+@pytest.mark.parametrize("routing", ["spread", "skewed"])
+def test_one_device_equals_a_plain_loop(routing):
+    arguments = case(routing, B)
+    out = jax.jit(outputs_and_gradients)(*arguments)[0]
+    assert np.linalg.norm(out - by_loop(*arguments)) <= 1e-6 * np.linalg.norm(out)
+
+
+# batch 3 divides no axis: every device of the expert axis then has all tokens.
+@pytest.mark.parametrize("batch", [8, 3])
+@pytest.mark.parametrize("routing", ["spread", "skewed"])
+@pytest.mark.parametrize(
+    "mesh", MESHES, ids=lambda mesh: "-".join(f"{a}{n}" for a, n in mesh.items())
+)
+def test_any_mesh_equals_one_device(mesh, routing, batch):
+    arguments = case(routing, batch)
+    one = jax.jit(outputs_and_gradients)(*arguments)
+    with jax.set_mesh(make_mesh(sizes(**mesh))):
+        many = jax.jit(outputs_and_gradients)(*arguments)
+    for name, a, b in zip(("out", "x", "weight", "gate_up", "down"), one, many, strict=True):
+        # Sums over experts, devices and tokens run in another order: rounding, no more.
+        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a), name
+
+
+def test_a_device_receives_nothing():
+    """`skewed` leaves the last devices without a row: their weights get zero gradients."""
+    with jax.set_mesh(make_mesh(sizes(expert=8))):
+        *_, gate_up, down = jax.jit(outputs_and_gradients)(*case("skewed", B))
+    assert not np.any(gate_up[E // 2 :]) and not np.any(down[E // 2 :])
+    assert np.any(gate_up[5]) and np.any(down[5])
+
+
+@pytest.mark.parametrize("mesh, text", [({"expert": 8}, "expert=8 must divide E=12"),
+                                        ({"tensor": 8}, "tensor=8 must divide F=12")])  # fmt: skip
+def test_indivisible_experts_are_refused(mesh, text):
+    x, idx, weight, gate_up, down = case("skewed", B)
+    with jax.set_mesh(make_mesh(sizes(**mesh))), pytest.raises(ValueError, match=text):
+        jax.jit(outputs_and_gradients)(x, idx, weight, gate_up[:12], down[:12])
+
+
+def test_mesh_infers_one_size():
+    assert dict(make_mesh(sizes(expert=-1, fsdp=2)).shape) == {
+        "replica": 1, "fsdp": 2, "expert": 4, "tensor": 1, "context": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [{"expert": 3}, {"expert": -1, "fsdp": 3}, {}])
+def test_mesh_of_a_wrong_size_is_refused(given):
+    with pytest.raises(ConfigError, match=r"must multiply to the 8 devices"):
+        make_mesh(sizes(**given))
+
+
+def test_activations_follow_the_table():
+    with jax.set_mesh(make_mesh(sizes(fsdp=2, expert=2, tensor=2))):
+        spec = activation_spec((4, 5, 6), ("batch", "sequence", "heads"))
+        assert spec == jax.sharding.PartitionSpec(("fsdp", "expert"), None, "tensor")
+        # 6 sequences: two ways, not four.
+        assert activation_spec((6,), ("batch",)) == jax.sharding.PartitionSpec("fsdp")
+    x = jnp.ones((4, 4))
+    assert constrain(x, "batch", None) is x  # no mesh, nothing to do
+
+
+def test_per_token_needs_no_communication():
+    x = np.random.default_rng(0).normal(size=(8, 4, 16)).astype(np.float32)
+
+    def best(x, bias):
+        return jax.lax.top_k(x + bias, 3)[1]
+
+    bias = np.linspace(0, 1, 16, dtype=np.float32)
+    with jax.set_mesh(make_mesh(sizes(expert=4, context=2))):
+        spec = activation_spec(x.shape, ("batch", "sequence", None))
+        placed = jax.device_put(x, jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec))
+        compiled = jax.jit(lambda x: per_token(best, x, bias)).lower(placed).compile()
+        assert np.array_equal(compiled(placed), best(x, bias))
+    assert "all-gather" not in compiled.as_text()
