@@ -83,6 +83,14 @@ def test_reads_rope_theta_beside_the_scaling(place):
     assert ModelConfig.from_hf(bare).rope_theta == 10000.0
 
 
+def test_refuses_two_spellings_that_differ():
+    both = DEEPSEEK_V3 | {"rope_parameters": YARN | {"rope_type": "yarn", "rope_theta": 10000}}
+    assert ModelConfig.from_hf(both) == ModelConfig.from_hf(DEEPSEEK_V3)
+    both["rope_parameters"] = both["rope_parameters"] | {"factor": 8.0}
+    with pytest.raises(ConfigError, match=r"rope_scaling=.* and rope_parameters=.* must say the"):
+        ModelConfig.from_hf(both)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"n_group": None}, {"n_group": None, "topk_group": None}, {"n_group": 1, "topk_group": None}],

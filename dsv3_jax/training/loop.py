@@ -114,6 +114,8 @@ def _open_run(out: Path, config: TrainConfig, *, resume: bool) -> CheckpointStor
             f"{out} already holds a run at step {store.latest_step()}: continue it with --resume "
             "or choose another directory (--out)"
         )
+    if store.latest_step() is None and resume:
+        _log.info("no checkpoint in %s: starting a new run (--resume)", out)
     out.mkdir(parents=True, exist_ok=True)
     return store
 
