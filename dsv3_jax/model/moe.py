@@ -145,15 +145,27 @@ class RoutedExperts(nn.Module):
         )
 
     def _compute(
-        self, rows: jax.Array, gate_up: jax.Array, down: jax.Array, group_sizes: jax.Array
+        self,
+        rows: jax.Array,
+        row_weight: jax.Array,
+        gate_up: jax.Array,
+        down: jax.Array,
+        group_sizes: jax.Array,
     ) -> jax.Array:
-        """SwiGLU of rows [R, D] sorted by expert -> [R, D]."""
-        implementation = self.runtime.grouped_matmul
-        both = grouped_matmul(
-            rows, gate_up.reshape(*gate_up.shape[:2], -1), group_sizes, implementation
+        """Weighted SwiGLU of rows [R, D] sorted by expert -> [R, D].
+
+        The combine weight is applied before `down_proj`, which is the same sum: the activation is
+        narrower than the output, and the output is then not needed for the gradient.
+        """
+        multiply = functools.partial(
+            grouped_matmul,
+            group_sizes=group_sizes,
+            implementation=self.runtime.grouped_matmul,
         )
+        both = multiply(rows, gate_up.reshape(*gate_up.shape[:2], -1)).astype(jnp.float32)
         gate, up = jnp.split(both, 2, axis=-1)
-        return grouped_matmul(nn.silu(gate) * up, down, group_sizes, implementation)
+        hidden = nn.silu(gate) * up * row_weight[:, None]
+        return multiply(hidden.astype(rows.dtype), down)
 
 
 class MoE(nn.Module):

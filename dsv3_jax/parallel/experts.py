@@ -6,6 +6,7 @@ experts, and gets the results back. All of it is gathers and exchanges by permut
 the gradients: a scatter-add would be slow and, on some devices, not deterministic.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.parallel.exchange import exchange, plan_transfer
 from dsv3_jax.parallel.mesh import axis_sizes, mesh_axes
 
-# (rows [R, D] sorted by expert, weights..., group_sizes int32 [E]) -> [R, D]
+# (rows [R, D] sorted by expert, their weights float32 [R], gate_up, down, group_sizes int32 [E])
+# -> weighted results [R, D]
 Compute = Callable[..., jax.Array]
 
 
@@ -56,17 +58,31 @@ def dispatch(x: jax.Array, plan: Dispatch) -> jax.Array:
     return x[plan.order // choices]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def combine(y: jax.Array, plan: Dispatch, tokens: int) -> jax.Array:
+    """Sums each token's K rows, the transpose of `dispatch`: [M·K, D] -> float32 [M, D]."""
+    return y[plan.inverse].reshape(tokens, -1, y.shape[-1]).sum(1, dtype=jnp.float32)
+
+
 def _dispatch_forward(x, plan):
     return dispatch(x, plan), (plan, x.shape[0])
 
 
 def _dispatch_backward(residuals, dy):
-    plan, tokens = residuals
-    dx_MKD = dy[plan.inverse].reshape(tokens, -1, dy.shape[-1])
-    return dx_MKD.sum(1, dtype=jnp.float32).astype(dy.dtype), None
+    return combine(dy, *residuals).astype(dy.dtype), None
+
+
+def _combine_forward(y, plan, tokens):
+    return combine(y, plan, tokens), (plan, jnp.zeros((0,), y.dtype))
+
+
+def _combine_backward(tokens, residuals, dout):
+    plan, like = residuals
+    return dispatch(dout.astype(like.dtype), plan), None
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+combine.defvjp(_combine_forward, _combine_backward)
 
 
 @jax.custom_vjp
@@ -86,12 +102,6 @@ def _permute_backward(residuals, dy):
 permute.defvjp(_permute_forward, _permute_backward)
 
 
-def combine(y: jax.Array, topk_weight: jax.Array, plan: Dispatch) -> jax.Array:
-    """Weighted sum of each token's K expert outputs: [M·K, D], float32 [M, K] -> float32 [M, D]."""
-    y_MKD = permute(y, plan.inverse, plan.order).reshape(*topk_weight.shape, -1)
-    return jnp.einsum("MKD,MK->MD", y_MKD, topk_weight, preferred_element_type=jnp.float32)
-
-
 def run_experts(
     compute: Compute,
     x: jax.Array,
@@ -103,9 +113,9 @@ def run_experts(
     """Sends tokens to their experts, computes, and returns the weighted sums.
 
     Args:
-      compute: `compute(rows, gate_up, down, group_sizes)`, the experts at hand on rows sorted by
-        expert. With a tensor axis its result may lack the other devices' part of F: parts are
-        summed here.
+      compute: `compute(rows, row_weight, gate_up, down, group_sizes)`, the experts at hand on
+        rows sorted by expert, each result times its row's weight. With a tensor axis the result
+        may lack the other devices' part of F: parts are summed here.
       x: tokens, [B, T, D].
       topk_idx, topk_weight: int32 and float32 [B, T, K].
       gate_up: [E, D, 2, F]. down: [E, F, D].
@@ -153,8 +163,7 @@ def _on_one_device(compute, x, topk_idx, topk_weight, gate_up, down):
     """All experts are here."""
     x_MD, idx_MK, weight_MK = _flatten(x, topk_idx, topk_weight)
     plan = plan_dispatch(idx_MK, gate_up.shape[0])
-    out = compute(dispatch(x_MD, plan), gate_up, down, plan.group_sizes)
-    return combine(out, weight_MK, plan).reshape(x.shape)
+    return _compute_here(compute, x_MD, weight_MK, gate_up, down, plan).reshape(x.shape)
 
 
 def _by_selection(compute, x, topk_idx, topk_weight, gate_up, down):
@@ -162,10 +171,16 @@ def _by_selection(compute, x, topk_idx, topk_weight, gate_up, down):
     x_MD, idx_MK, weight_MK = _flatten(x, topk_idx, topk_weight)
     local = gate_up.shape[0]
     idx_MK = idx_MK - jax.lax.axis_index("expert") * local
-    plan = plan_dispatch(jnp.where((idx_MK >= 0) & (idx_MK < local), idx_MK, local), local)
     # Rows of other devices' experts lie past the sum of the group sizes and come out as zeros.
-    out = compute(dispatch(x_MD, plan), gate_up, down, plan.group_sizes)
-    return jax.lax.psum(combine(out, weight_MK, plan).reshape(x.shape), "expert")
+    plan = plan_dispatch(jnp.where((idx_MK >= 0) & (idx_MK < local), idx_MK, local), local)
+    out = _compute_here(compute, x_MD, weight_MK, gate_up, down, plan)
+    return jax.lax.psum(out.reshape(x.shape), "expert")
+
+
+def _compute_here(compute, x_MD, weight_MK, gate_up, down, plan: Dispatch) -> jax.Array:
+    row_weight = permute(weight_MK.reshape(-1), plan.order, plan.inverse)
+    out = compute(dispatch(x_MD, plan), row_weight, gate_up, down, plan.group_sizes)
+    return combine(out, plan, x_MD.shape[0])
 
 
 def _by_exchange(compute, x, topk_idx, topk_weight, gate_up, down):
@@ -176,12 +191,17 @@ def _by_exchange(compute, x, topk_idx, topk_weight, gate_up, down):
     buffer = sent * devices  # holds every row of every device: none can be too many
     transfer = plan_transfer(plan.group_sizes, "expert", buffer)
     there, back = transfer.there, transfer.back
-    rows = exchange(dispatch(x_MD, plan), there, back, buffer, "expert")
-    rows = permute(rows, transfer.order, transfer.inverse)
-    out = compute(rows, gate_up, down, transfer.group_sizes)
+
+    def to_experts(rows: jax.Array) -> jax.Array:
+        rows = exchange(rows, there, back, buffer, "expert")
+        return permute(rows, transfer.order, transfer.inverse)
+
+    weight_rows = permute(weight_MK.reshape(-1, 1), plan.order, plan.inverse)
+    rows, row_weight = to_experts(dispatch(x_MD, plan)), to_experts(weight_rows)[:, 0]
+    out = compute(rows, row_weight, gate_up, down, transfer.group_sizes)
     out = permute(out, transfer.inverse, transfer.order)
     out = exchange(out, back, there, sent, "expert")
-    return combine(out, weight_MK, plan).reshape(x.shape)
+    return combine(out, plan, x_MD.shape[0]).reshape(x.shape)
 
 
 def _flatten(*arrays: jax.Array) -> tuple[jax.Array, ...]:

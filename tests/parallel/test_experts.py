@@ -20,11 +20,12 @@ def sizes(**given: int) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{**dict.fromkeys(AXES, 1), **given})
 
 
-def compute(rows, gate_up, down, group_sizes):
+def compute(rows, row_weight, gate_up, down, group_sizes):
     """SwiGLU experts by the oracle of the grouped product."""
     both = reference.grouped_matmul(rows, gate_up.reshape(*gate_up.shape[:2], -1), group_sizes)
     gate, up = jnp.split(both, 2, axis=-1)
-    return reference.grouped_matmul(jax.nn.silu(gate) * up, down, group_sizes)
+    hidden = jax.nn.silu(gate) * up * row_weight[:, None]
+    return reference.grouped_matmul(hidden, down, group_sizes)
 
 
 @functools.cache
