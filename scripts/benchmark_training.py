@@ -22,6 +22,7 @@ from dsv3_jax import to_hf_state_dict
 from dsv3_jax.cli import load_config, run
 from dsv3_jax.config import TrainConfig
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.training.loop import keep_freed_memory
 from dsv3_jax.training.step import TrainState, init_state, make_train_step
 
 _PEER_EXPERTS = ("eager", "grouped_mm")
@@ -94,6 +95,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
 
+    keep_freed_memory()  # as training does; it serves both sides
     config = load_config(args.config)
     config = dataclasses.replace(
         config,

@@ -11,9 +11,6 @@ out=runs/quickstart
 if [[ -e $out ]]; then
     echo "continuing $out (delete it to start again)"
 fi
-# XLA's CPU client takes fresh memory for every step. Huge pages, kept by the process, save most of
-# the page faults, which would cost a quarter of the step.
-export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=268435456
 .venv/bin/python scripts/train.py configs/tiny.py --out "$out" --resume "$@"
 
 echo
