@@ -114,7 +114,7 @@ def test_arguments_may_come_in_any_order():
         (["--runtime.remat-policy=all"], "must be one of none, full, dots, attention"),
         (["--model.rope-scaling", "3"], "--model.rope-scaling '3' must be None"),
         (["--model.n-group", "5"], "n_routed_experts=256 must be divisible by n_group=5"),
-        (["--parallel.expert", "8"], "expert=8 must be 1"),
+        (["--parallel.expert", "0"], "expert=0 must be positive or -1"),
         (["--model.rope-scaling.factor", "0.5"], "factor=0.5 must be at least 1 (RopeScaling)"),
         (["configs/smal.py", "--out=x"], "configs/smal.py (did you mean 'configs/small.py'?)"),
         (["small", "--out=x"], "no configuration file small (did you mean 'configs/small.py'?)"),

@@ -30,7 +30,14 @@ class RuntimeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the device mesh's axes. This version trains on one device: every size is 1."""
+    """Sizes of the device mesh's axes; they multiply to the number of devices.
+
+    One of them may be -1: as many as are left. All 1 (the default) is one device, without a mesh.
+    `replica`: copies of everything, each with its own sequences (data parallelism across slices).
+    `fsdp`: sequences again, with parameters, gradients and moments shared out (ZeRO-3).
+    `expert`: sequences again, and the routed experts shared out; tokens travel to them.
+    `tensor`: attention heads and the width of every FFN. `context`: positions of a sequence.
+    """
 
     replica: int = 1
     fsdp: int = 1
@@ -39,13 +46,20 @@ class ParallelConfig:
     context: int = 1
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            size = getattr(self, field.name)
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
             require(
-                size == 1,
-                f"{field.name}={size} must be 1: training runs on one device in this version",
-                "ParallelConfig",
+                size >= 1 or size == -1, f"{name}={size} must be positive or -1", "ParallelConfig"
             )
+        inferred = [name for name, size in sizes.items() if size == -1]
+        require(
+            len(inferred) <= 1, f"only one of {' and '.join(inferred)} may be -1", "ParallelConfig"
+        )
+
+    @property
+    def is_one_device(self) -> bool:
+        """Whether no mesh is asked for."""
+        return all(size == 1 for size in dataclasses.asdict(self).values())
 
 
 @dataclasses.dataclass(frozen=True)

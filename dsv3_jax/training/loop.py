@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.checkpoints.store import CheckpointStore, config_to_dict, describe_run
 from dsv3_jax.config import ConfigError, TrainConfig
@@ -24,6 +25,7 @@ from dsv3_jax.data.pipeline import TrainingData, open_data
 from dsv3_jax.evaluation.perplexity import evaluate
 from dsv3_jax.evaluation.report import write_report
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel.placement import batch_sharding, mesh_for, state_shardings
 from dsv3_jax.training.flops import peak_flops, train_flops_per_token
 from dsv3_jax.training.metrics import MetricsWriter, ProgressBar
 from dsv3_jax.training.optimizer import batch_size
@@ -86,15 +88,30 @@ def _stop_requests() -> Iterator[list[int]]:
 class _Step:
     """The jitted train step, compiled once for each number of microbatches."""
 
-    def __init__(self, model: Transformer, config: TrainConfig, say: Any) -> None:
-        self._jitted = jax.jit(make_train_step(model, config), donate_argnums=0)
+    def __init__(
+        self,
+        model: Transformer,
+        config: TrainConfig,
+        mesh: Mesh | None,
+        state: TrainState,
+        say: Any,
+    ) -> None:
+        places = {}
+        self._batch_sharding = None
+        if mesh is not None:
+            self._batch_sharding = batch_sharding(mesh, config.batch.microbatch_size)
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            places = {
+                "out_shardings": (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
+            }
+        self._jitted = jax.jit(make_train_step(model, config), donate_argnums=0, **places)
         self._compiled: dict[tuple[int, ...], Any] = {}
         self._microbatch = config.batch.microbatch_size
         self._say = say
 
     def __call__(self, state: TrainState, rows: np.ndarray) -> tuple[TrainState, StepMetrics]:
         tokens = rows.reshape(-1, self._microbatch, rows.shape[1])
-        batch = {"tokens": tokens}
+        batch = {"tokens": jax.device_put(tokens, self._batch_sharding)}
         if tokens.shape not in self._compiled:
             start = time.monotonic()
             self._compiled[tokens.shape] = self._jitted.lower(state, batch).compile()
@@ -141,13 +158,22 @@ def _open_run(out: Path, config: TrainConfig, *, resume: bool) -> CheckpointStor
 
 
 def _start_state(
-    store: CheckpointStore, model: Transformer, config: TrainConfig, data: TrainingData
+    store: CheckpointStore,
+    model: Transformer,
+    config: TrainConfig,
+    data: TrainingData,
+    mesh: Mesh | None,
 ) -> TrainState:
-    """The newest checkpoint's state, or a fresh one where there is none."""
-    if store.latest_step() is None:
-        return jax.jit(init_state, static_argnums=(0, 1))(model, config)
-    _fit_for_resume(store.read_metadata(), config, data)
+    """The newest checkpoint's state, or a fresh one where there is none, on its devices."""
     abstract = jax.eval_shape(lambda: init_state(model, config))
+    shardings = None if mesh is None else state_shardings(mesh, abstract)
+    if store.latest_step() is None:
+        return jax.jit(init_state, static_argnums=(0, 1), out_shardings=shardings)(model, config)
+    _fit_for_resume(store.read_metadata(), config, data)
+    if shardings is not None:
+        abstract = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+        )
     state, _ = store.restore(None, abstract)
     _log.info("resumed from step %d in %s", int(state.step), store.directory)
     return state
@@ -157,14 +183,20 @@ class _Run:
     """One run's moving parts; `to` trains up to a step."""
 
     def __init__(
-        self, config: TrainConfig, out: Path, store: CheckpointStore, data: TrainingData
+        self,
+        config: TrainConfig,
+        out: Path,
+        store: CheckpointStore,
+        data: TrainingData,
+        mesh: Mesh | None,
     ) -> None:
-        self.config, self.out, self.store, self.data = config, out, store, data
+        self.config, self.out, self.store, self.data, self.mesh = config, out, store, data, mesh
         self.model = Transformer(config.model, config.runtime)
-        self.state = _start_state(store, self.model, config, data)
+        self.state = _start_state(store, self.model, config, data, mesh)
         self.held_out = data.held_out(config.evaluation.sequences)
         device = jax.devices()[0]
-        self._peak = peak_flops(device.device_kind)
+        peak = peak_flops(device.device_kind)
+        self._peak = None if peak is None else peak * (1 if mesh is None else mesh.size)
         has_mtp = config.model.num_nextn_predict_layers > 0
         self._flops = train_flops_per_token(config.model, config.data.sequence_length, mtp=has_mtp)
 
@@ -230,7 +262,7 @@ class _Run:
             int(self.state.sequences), lambda start: batch_size(config.batch, start * length)
         )
         with ProgressBar(last, initial_step=first) as bar, _stop_requests() as stop:
-            train_step = _Step(self.model, config, bar.print)
+            train_step = _Step(self.model, config, self.mesh, self.state, bar.print)
             while self.step < last and not stop:
                 rows = next(batches)
                 before = time.monotonic()
@@ -274,11 +306,13 @@ def train(config: TrainConfig, out_dir: str | Path, *, resume: bool = False) -> 
     with contextlib.closing(_open_run(out, config, resume=resume)) as store:
         data = open_data(config)
         data.tokenizer.save(out / "tokenizer.json")
-        run = _Run(config, out, store, data)
-        last = max(planned_steps(config), run.step)
-        with MetricsWriter(out, resume_step=run.step) as writer:
-            finished = run.to(last, writer)
-            store.wait()
-    if finished:
-        print(write_report(run.model, run.variables(), config, data, out))
+        mesh = mesh_for(config.parallel)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            run = _Run(config, out, store, data, mesh)
+            last = max(planned_steps(config), run.step)
+            with MetricsWriter(out, resume_step=run.step) as writer:
+                finished = run.to(last, writer)
+                store.wait()
+            if finished:
+                print(write_report(run.model, run.variables(), config, data, out))
     return 0

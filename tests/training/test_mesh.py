@@ -1,0 +1,136 @@
+"""Training on a mesh of eight devices is training on one: losses, gradients, loads and biases."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv3_jax.config import (
+    BatchConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.placement import batch_sharding, mesh_for, state_shardings
+from dsv3_jax.training.step import init_state, make_train_step
+
+# Accumulation, remat, MTP, groups, two shared experts; every axis below divides something.
+CONFIG = TrainConfig(
+    model=ModelConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=20,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=12,
+        n_routed_experts=16,
+        n_shared_experts=2,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    ),
+    runtime=RuntimeConfig(compute_dtype="float32", remat_policy="full"),
+    data=DataConfig(sequence_length=12),
+    batch=BatchConfig(size=16, microbatch_size=8),
+    optimizer=OptimizerConfig(warmup_steps=1),
+    total_tokens=10_000,
+)
+MODEL = Transformer(CONFIG.model, CONFIG.runtime)
+
+
+def initial_state():
+    """Every token of every layer goes to expert 3, and none to the last half of the experts."""
+    state = init_state(MODEL, CONFIG)
+
+    def push(bias):
+        return bias.at[..., 3].set(2.0).at[..., 8:].set(-2.0)
+
+    return dataclasses.replace(state, router_state=jax.tree.map(push, state.router_state))
+
+
+@functools.cache
+def two_steps(parallel: ParallelConfig):
+    """Metrics of two steps on a mesh, and the state after the first."""
+    mesh = mesh_for(parallel)
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 2, 8, 13), np.int32)
+    state = jax.jit(initial_state)()
+    if mesh is None:
+        step = jax.jit(make_train_step(MODEL, CONFIG))
+        batches = list(tokens)
+    else:
+        shardings = state_shardings(mesh, state)
+        state = jax.device_put(state, shardings)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        step = jax.jit(make_train_step(MODEL, CONFIG), out_shardings=(shardings, everywhere))
+        batches = [jax.device_put(t, batch_sharding(mesh, 8)) for t in tokens]
+    results = []
+    with jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0]):
+        for batch in batches:
+            state, metrics = step(state, {"tokens": batch})
+            results.append(jax.device_get((metrics, state)))
+    return results, state
+
+
+def check(parallel: ParallelConfig) -> None:
+    (one, many) = (two_steps(p)[0] for p in (ParallelConfig(), parallel))
+    for (a, _), (b, _) in zip(one, many, strict=True):
+        for name in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm"):
+            assert np.isclose(getattr(a, name), getattr(b, name), rtol=1e-5, atol=0), name
+        assert np.array_equal(a.load, b.load)
+    # AdamW's first moment after one step is 0.1 x the clipped gradient, in bfloat16.
+    moments = [jax.tree.leaves(state.opt_state) for _, state in (one[0], many[0])]
+    for a, b in zip(*moments, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        # A rounding of the gradient can move a moment by one step of bfloat16, 2^-8.
+        assert np.linalg.norm(a - b) <= 2**-8 * np.linalg.norm(a)
+    biases = [jax.tree.leaves(state.router_state) for _, state in (one[1], many[1])]
+    assert all(np.array_equal(a, b) for a, b in zip(*biases, strict=True))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"expert": 4, "fsdp": 2}, {"tensor": 2, "expert": -1}, {"context": 2, "fsdp": 4}],
+    ids=str,
+)
+def test_a_mesh_trains_as_one_device(sizes):
+    check(ParallelConfig(**sizes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"expert": 8}, {"replica": 2, "expert": 4}], ids=str
+)
+def test_more_meshes_train_as_one_device(sizes):
+    check(ParallelConfig(**sizes))
+
+
+def test_each_device_holds_its_share():
+    """Parameters and moments; routed experts are split by expert and within it."""
+    _, state = two_steps(ParallelConfig(expert=4, fsdp=2))
+    experts = state.params["moe_layers"]["mlp"]["experts"]
+    assert experts["gate_up_proj"].addressable_shards[0].data.shape == (1, 4, 16, 2, 20)
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        if leaf.ndim > 2:
+            assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+
+
+def test_a_microbatch_that_cannot_be_shared_out():
+    with pytest.raises(ConfigError, match=r"microbatch_size=6 must be a multiple of 8"):
+        batch_sharding(make_mesh(ParallelConfig(expert=4, fsdp=2)), 6)
