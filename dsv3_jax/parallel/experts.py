@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from dsv3_jax.config import ConfigError
 from dsv3_jax.parallel.exchange import exchange, plan_transfer
 from dsv3_jax.parallel.mesh import axis_sizes, mesh_axes
 
@@ -124,15 +125,18 @@ def run_experts(
       float32 [B, T, D].
 
     Raises:
-      ValueError: the mesh's expert or tensor axis does not divide E or F.
+      ConfigError: the mesh's expert or tensor axis does not divide E or F.
     """
     sizes = axis_sizes()
     if max(sizes.values()) == 1:
         return _on_one_device(compute, x, topk_idx, topk_weight, gate_up, down)
-    for axis, dimension, name in (("expert", 0, "E"), ("tensor", 3, "F")):
+    for axis, dimension, name in (
+        ("expert", 0, "n_routed_experts"),
+        ("tensor", 3, "moe_intermediate_size"),
+    ):
         if gate_up.shape[dimension] % sizes[axis]:
-            raise ValueError(
-                f"{axis}={sizes[axis]} must divide {name}={gate_up.shape[dimension]} (run_experts)"
+            raise ConfigError(
+                f"parallel.{axis}={sizes[axis]} must divide {name}={gate_up.shape[dimension]}"
             )
     batch, sequence = mesh_axes("batch", x.shape[0]), mesh_axes("sequence", x.shape[1])
     tokens = PartitionSpec(batch or None, sequence or None)

@@ -105,11 +105,11 @@ def test_a_device_receives_nothing():
     assert np.any(gate_up[5]) and np.any(down[5])
 
 
-@pytest.mark.parametrize("mesh, text", [({"expert": 8}, "expert=8 must divide E=12"),
-                                        ({"tensor": 8}, "tensor=8 must divide F=12")])  # fmt: skip
+@pytest.mark.parametrize("mesh, text", [({"expert": 8}, "parallel.expert=8 must divide n_routed_experts=12"),
+                                        ({"tensor": 8}, "parallel.tensor=8 must divide moe_intermediate_size=12")])  # fmt: skip
 def test_indivisible_experts_are_refused(mesh, text):
     x, idx, weight, gate_up, down = case("skewed", B)
-    with jax.set_mesh(make_mesh(sizes(**mesh))), pytest.raises(ValueError, match=text):
+    with jax.set_mesh(make_mesh(sizes(**mesh))), pytest.raises(ConfigError, match=text):
         jax.jit(outputs_and_gradients)(x, idx, weight, gate_up[:12], down[:12])
 
 
