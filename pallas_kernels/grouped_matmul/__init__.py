@@ -3,14 +3,31 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._choose import choose
-from pallas_kernels.grouped_matmul import portable
+from pallas_kernels._choose import choose, is_hopper
+from pallas_kernels.grouped_matmul import hopper, portable
 
-_IMPLEMENTATIONS = {"portable": portable.grouped_matmul}
+
+def _portable(x, w, group_sizes, *, group_offset=None):
+    if group_offset is None:
+        return portable.grouped_matmul(x, w, group_sizes)
+    before = jnp.arange(group_sizes.shape[0]) < group_offset
+    first_row = jnp.sum(jnp.where(before, group_sizes, 0))
+    own = jax.lax.dynamic_slice_in_dim(group_sizes, group_offset, w.shape[0])
+    # Its groups start at row 0; rows that are not theirs are past the sum wherever they come.
+    y = portable.grouped_matmul(jnp.roll(x, -first_row, axis=0), w, own)
+    return jnp.roll(y, first_row, axis=0)
+
+
+_IMPLEMENTATIONS = {"hopper": hopper.grouped_matmul, "portable": _portable}
 
 
 def grouped_matmul(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, implementation: str | None = None
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    implementation: str | None = None,
+    *,
+    group_offset: jax.Array | int | None = None,
 ) -> jax.Array:
     """Multiplies row m of `x` by `w[g]`, where g is the group that row m belongs to.
 
@@ -21,21 +38,30 @@ def grouped_matmul(
     Args:
       x: rows, [M, K], floating.
       w: one matrix a group, [G, K, N], the dtype of `x`.
-      group_sizes: int32 [G], not negative, sum at most M (not checked: it is data).
-      implementation: "portable" (any platform, cost proportional to rows), or None to pick.
+      group_sizes: int32 [G], not negative, sum at most M (not checked: it is data); longer where
+        `w` is a shard's slice of the groups and `group_offset` says which.
+      implementation: "portable" (any platform, cost proportional to rows), "hopper" (bfloat16 and
+        float16 on an H100, an H200 or their like), or None to pick for the chip of the mesh set
+        with `jax.set_mesh`, or else the default device. The choice is made while tracing: to lower
+        for another platform than that, name one.
+      group_offset: int32 [], which of the sizes is that of `w[0]`. Rows of groups outside the slice
+        are not read and come out as zeros, in the result and in the gradient of `x`.
 
     Returns:
       [M, N] in the dtype of `x`.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+      ValueError: shapes or dtypes that do not fit, or an implementation that is unknown or does
+        not take them.
     """
+    sliced = group_offset is not None
     if x.ndim != 2 or w.ndim != 3 or group_sizes.ndim != 1:
         raise ValueError(
             f"{x.shape=}, {w.shape=}, {group_sizes.shape=} must be [M, K], [G, K, N], [G] "
             "(grouped_matmul)"
         )
-    if x.shape[1] != w.shape[1] or w.shape[0] != group_sizes.shape[0]:
+    groups = group_sizes.shape[0]
+    if x.shape[1] != w.shape[1] or not (w.shape[0] == groups or w.shape[0] < groups and sliced):
         raise ValueError(
             f"{x.shape=}, {w.shape=}, {group_sizes.shape=} must agree in K and G (grouped_matmul)"
         )
@@ -43,5 +69,9 @@ def grouped_matmul(
         raise ValueError(f"{x.dtype=} and {w.dtype=} must be one floating dtype (grouped_matmul)")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"{group_sizes.dtype=} must be an integer dtype (grouped_matmul)")
+    if implementation is None:
+        fits = is_hopper() and hopper.refusal(x, w) is None
+        implementation = "hopper" if fits else "portable"
     run = choose("grouped_matmul", _IMPLEMENTATIONS, implementation)
-    return run(x, w, group_sizes.astype(jnp.int32))
+    placed = {"group_offset": group_offset} if sliced else {}
+    return run(x, w, group_sizes.astype(jnp.int32), **placed)

@@ -105,8 +105,13 @@ def test_a_device_receives_nothing():
     assert np.any(gate_up[5]) and np.any(down[5])
 
 
-@pytest.mark.parametrize("mesh, text", [({"expert": 8}, "parallel.expert=8 must divide n_routed_experts=12"),
-                                        ({"tensor": 8}, "parallel.tensor=8 must divide moe_intermediate_size=12")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mesh", "text"),
+    [
+        ({"expert": 8}, "parallel.expert=8 must divide n_routed_experts=12"),
+        ({"tensor": 8}, "parallel.tensor=8 must divide moe_intermediate_size=12"),
+    ],
+)
 def test_indivisible_experts_are_refused(mesh, text):
     x, idx, weight, gate_up, down = case("skewed", B)
     with jax.set_mesh(make_mesh(sizes(**mesh))), pytest.raises(ConfigError, match=text):

@@ -1,0 +1,38 @@
+"""The few names of Pallas Mosaic GPU that differ between JAX 0.10 and 0.12.
+
+What changed only its default or has an older alias (`lowering_semantics`, `num_barriers`,
+`out_type`) is spelled out where it is used and needs nothing here.
+"""
+
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_BEFORE_0_11 = jax.__version_info__ < (0, 11)
+
+
+def transposed(ref):
+    """The transposed view of a matrix in shared memory."""
+    return plgpu.transpose_ref(ref, (1, 0)) if _BEFORE_0_11 else ref.T
+
+
+def store_transposed(ref, value: jax.Array) -> None:
+    """Writes `value` [a, b] into the matrix `ref` [b, a] of shared memory."""
+    if _BEFORE_0_11:
+        # Later releases transpose on the way (stmatrix); this one needs the registers so first.
+        value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+    transposed(ref)[...] = value
+
+
+def simulator() -> Any:
+    """What `interpret=` of a kernel takes to simulate the GPU on the CPU.
+
+    Raises:
+      NotImplementedError: this JAX has no simulator, which came with 0.11.
+    """
+    if _BEFORE_0_11:
+        raise NotImplementedError(
+            f"JAX {jax.__version__} simulates no Mosaic GPU kernel, 0.11 does"
+        )
+    return getattr(plgpu, "InterpretGPUParams")()  # noqa: B009  # Not there for the type checker.

@@ -1,0 +1,172 @@
+"""Wgrad on Hopper: per-group xᵀ dy, contracted over the rows of the group.
+
+A block's tile is `k` by `n` of one group's gradient, half of `k` to each consumer; both operands
+are read as they are stored. A group without rows takes no step and stores its zeros.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _compat
+from pallas_kernels.grouped_matmul import hopper_pipeline as pipeline
+from pallas_kernels.grouped_matmul import hopper_tasks as tasks
+from pallas_kernels.grouped_matmul.hopper_tiles import (
+    ALIGNED_ROWS,
+    ATOM,
+    CONSUMERS,
+    GroupTile,
+    group_tile,
+)
+
+
+def multiply_groups(
+    x: jax.Array,
+    dy: jax.Array,
+    group_sizes: jax.Array,
+    first_row: jax.Array | int = 0,
+    *,
+    tile: GroupTile | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Per-group xᵀ dy: x [M, K], dy [M, N] -> [G, K, N]; zeros for groups without rows.
+
+    M is a multiple of 8, K and N are multiples of 64. Group 0 starts at `first_row`.
+    """
+    (_, k), n, groups = x.shape, dy.shape[1], group_sizes.shape[0]
+    tile = tile or group_tile()
+    first_row = jnp.asarray(first_row, jnp.int32)
+    lines, edges = tasks.group_steps(group_sizes, first_row, tile.depth)
+    x_edges, dy_edges = (
+        jnp.where(edges[..., None] >= 0, operand[jnp.maximum(edges, 0)], 0) for operand in (x, dy)
+    )
+    kernel = pipeline.launch(
+        functools.partial(_body, tile=tile),
+        jax.ShapeDtypeStruct((groups, k, n), x.dtype),
+        {
+            "x_slots": pipeline.slots(tile.stages, (tile.depth, tile.k), x.dtype),
+            "dy_slots": pipeline.slots(tile.stages, (tile.depth, tile.n), x.dtype),
+            "staged": pipeline.staging(ATOM, tile.store_slots, x.dtype),
+            "rest": plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+            **pipeline.ring_barriers(2, tile.stages, tile.cluster),
+        },
+        cluster=tile.cluster,
+        name="grouped_matmul_wgrad",
+        interpret=interpret,
+    )
+    return kernel(lines, x, dy, x_edges, dy_edges)
+
+
+def _body(
+    lines, x, dy, x_edges, dy_edges, out,
+    x_slots, dy_slots, staged, rest, full, empty, turn, *, tile,
+):  # fmt: skip
+    ring = pipeline.Ring(full, empty, turn, tile.stages, tile.lead)
+    groups, k, n = out.shape
+    k_tiles, n_tiles = -(-k // (tile.k * tile.cluster)), -(-n // tile.n)
+
+    def fetch(index):
+        group = lax.div(index, k_tiles * n_tiles)
+        local = lax.rem(index, k_tiles * n_tiles)
+        k_tile = lax.div(local, n_tiles) * tile.cluster + lax.axis_index(pipeline.CLUSTER)
+        fields = (tasks.FIRST_ATOM, tasks.FULL_STEPS, tasks.MORE_ATOMS, tasks.STEPS)
+        return group, k_tile, lax.rem(local, n_tiles), *(lines[group, f] for f in fields)
+
+    for_each_tile = functools.partial(pipeline.for_each_tile, groups * k_tiles * n_tiles, fetch)
+
+    def produce():
+        def visit(record, step):
+            group, k_tile, n_tile, *_, steps = record
+            # Operand, its gathered rows, slots, columns, shared by multicast.
+            sides = (
+                (x, x_edges.at[group], x_slots, pl.ds(k_tile * tile.k, tile.k), False),
+                (dy, dy_edges.at[group], dy_slots, pl.ds(n_tile * tile.n, tile.n), True),
+            )
+            copy = functools.partial(_copy, sides=sides, record=record, rest=rest, tile=tile)
+            return pipeline.fill(ring, steps, step, copy)
+
+        for_each_tile(visit)
+
+    def consume():
+        warpgroup = lax.axis_index(pipeline.WARPGROUP)
+        half = tile.k // CONSUMERS
+
+        def visit(record, step):
+            group, k_tile, n_tile, _, full_steps, _, steps = record
+
+            def operands(i, slot):
+                pl.when(i >= full_steps)(lambda: plgpu.barrier_wait(rest.at[slot]))
+                own = x_slots.at[slot, :, pl.ds(warpgroup * half, half)]
+                return _compat.transposed(own), dy_slots.at[slot]
+
+            total, step = pipeline.drain(ring, steps, step, (half, tile.n), operands)
+            corner = k_tile * tile.k + warpgroup * half, n_tile * tile.n
+            pipeline.send(staged.at[warpgroup], _chunks(total, out.at[group], corner))
+            return step
+
+        for_each_tile(visit)
+
+    pipeline.split_roles(ring, produce, consume)
+
+
+def _copy(i: jax.Array, slot: jax.Array, full, *, sides, record, rest, tile) -> None:
+    """Fills a slot with the rows of step `i`.
+
+    A step after the full ones is filled by two copies a side, which count on two barriers.
+    """
+    _, _, _, first_atom, full_steps, more_atoms, _ = record
+    atoms = tile.depth // ALIGNED_ROWS
+    start = (first_atom + i * atoms) * ALIGNED_ROWS
+    after = i - full_steps
+
+    def whole():
+        for operand, _, slots, columns, shared in sides:
+            plgpu.copy_gmem_to_smem(
+                operand.at[pl.ds(start, tile.depth), columns],
+                slots.at[slot],
+                full,
+                collective_axes=pipeline.CLUSTER if shared and tile.cluster > 1 else None,
+            )
+
+    def edge(count: int):
+        """`count` rows as they are, then gathered ones, then zeros.
+
+        The zeros are what a copy finds beyond the end of an array. The gathered rows spill over
+        into one more step at most, and only after a step whose rows but eight were whole atoms.
+        """
+        left = tile.depth - count
+        for operand, gathered, slots, columns, _ in sides:
+            if count:
+                plgpu.copy_gmem_to_smem(
+                    operand.at[pl.ds(start, count), columns], slots.at[slot, pl.ds(0, count)], full
+                )
+            else:
+                plgpu.barrier_arrive(full)
+            plgpu.copy_gmem_to_smem(
+                gathered.at[pl.ds(after * ALIGNED_ROWS, left), columns],
+                slots.at[slot, pl.ds(count, left)],
+                rest.at[slot],
+            )
+
+    edges = [functools.partial(edge, n * ALIGNED_ROWS) for n in range(atoms)]
+    kind = jnp.where(after == 0, more_atoms, 0)
+    lax.switch(jnp.where(after < 0, 0, 1 + kind), [whole, *edges])
+
+
+def _chunks(total: jax.Array, out, corner: tuple) -> Iterator[tuple]:
+    """The chunks, as `send` takes them, of `total`, whose place in `out` [K, N] is `corner`."""
+    total = total.astype(out.dtype)
+    for down, across in itertools.product(*(range(0, size, ATOM) for size in total.shape)):
+        part = total[down : down + ATOM, across : across + ATOM]
+        place = pl.ds(corner[0] + down, ATOM), pl.ds(corner[1] + across, ATOM)
+
+        def write(spot, part=part):
+            spot[...] = part
+
+        yield ATOM, write, functools.partial(pipeline.store_all, out=out.at[place])

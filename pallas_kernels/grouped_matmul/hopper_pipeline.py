@@ -1,0 +1,248 @@
+"""The skeleton of every Hopper kernel here: persistent blocks, one producer, two consumers.
+
+A block is three warpgroups. The producer keeps few registers and copies tiles from memory into a
+ring of slots by TMA; the consumers multiply what is in a slot by WGMMA and hand it back. The ring
+runs on across the tiles of a block, so the next tile's loads overlap this tile's epilogue, and
+each consumer stores its own half of the outputs, so one can multiply while the other stores.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _compat
+from pallas_kernels._choose import multiprocessors
+from pallas_kernels.grouped_matmul.hopper_tiles import ATOM, CONSUMERS
+
+# Registers a thread, in multiples of 8: 128 threads each of 232 + 232 + 40 of 65,536.
+_PRODUCER_REGISTERS = 40
+_CONSUMER_REGISTERS = 232
+_INTERPRETED_BLOCKS = 2
+
+BLOCK, CLUSTER, WARPGROUP = "block", "cluster", "warpgroup"
+_PRODUCER = CONSUMERS
+
+_SWIZZLE = plgpu.SwizzleTransform(128)
+# What WGMMA reads: atoms of eight swizzled rows.
+_OPERAND = (plgpu.TilingTransform((8, ATOM)), _SWIZZLE)
+# The same bytes, addressed row by row, so that a store may begin and end at any row.
+_STAGED = (plgpu.TilingTransform((1, ATOM)), _SWIZZLE)
+
+
+class Ring(NamedTuple):
+    """The slots' barriers, and how the consumers take turns.
+
+    Attributes:
+      full: a barrier a slot, awaited by the consumers.
+      empty: a barrier a slot, awaited by the producer.
+      turn: awaited by the second consumer, at most once a tile.
+      stages: number of slots.
+      lead: steps the first consumer is ahead when the second one starts a tile; 0: any.
+    """
+
+    full: Any
+    empty: Any
+    turn: Any
+    stages: int
+    lead: int
+
+
+def ring_barriers(copies: int, stages: int, cluster: int) -> dict[str, Any]:
+    """Barriers of a ring whose slots are filled by `copies` copies each."""
+    if cluster > 1:
+        # A slot shared by multicast is free once the consumers of every block are done with it.
+        empty = plgpu.ClusterBarrier(
+            collective_axes=(CLUSTER,), num_arrivals=CONSUMERS, num_barriers=stages
+        )
+    else:
+        empty = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
+    full = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    return {"full": full, "empty": empty, "turn": plgpu.Barrier(num_arrivals=1, num_barriers=1)}
+
+
+def launch(
+    body: Callable,
+    out_type: jax.ShapeDtypeStruct,
+    scratch: dict[str, Any],
+    *,
+    cluster: int,
+    name: str,
+    interpret: bool,
+) -> Callable:
+    """The kernel: one block a multiprocessor, in clusters of `cluster`."""
+    blocks = _INTERPRETED_BLOCKS if interpret else multiprocessors()
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(blocks // cluster,),
+        grid_names=(BLOCK,),
+        cluster=(cluster,),
+        cluster_names=(CLUSTER,),
+        num_threads=CONSUMERS + 1,
+        thread_name=WARPGROUP,
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            # Barriers and commit_smem order every access here: none needs one more around it.
+            unsafe_no_auto_barriers=True,
+        ),
+        interpret=_compat.simulator() if interpret else None,
+    )
+
+
+def split_roles(ring: Ring, produce: Callable[[], None], consume: Callable[[], None]) -> None:
+    """Runs `produce` in one warpgroup and `consume` in the two others."""
+
+    def producer():
+        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        produce()
+        # Every slot is handed back before a block leaves: its neighbours may still write here.
+        for slot in range(ring.stages):
+            plgpu.barrier_wait(ring.empty.at[slot])
+
+    def consumer():
+        plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+        for slot in range(ring.stages):
+            plgpu.barrier_arrive(ring.empty.at[slot])
+        consume()
+        plgpu.wait_smem_to_gmem(0)
+
+    # The branch not taken comes first in the lowering, which lowers it twice: the smaller one.
+    lax.cond(lax.axis_index(WARPGROUP) != _PRODUCER, consumer, producer)
+
+
+def for_each_tile(
+    tiles: jax.Array | int,
+    fetch: Callable[[jax.Array], tuple],
+    visit: Callable[[tuple, jax.Array], jax.Array],
+) -> None:
+    """Visits this cluster's tiles: every `clusters`-th one.
+
+    `visit(record, step)` returns the ring's step count after the tile. The record of the next
+    tile is fetched before a tile is visited, so nobody waits for it.
+    """
+    cluster, clusters = lax.axis_index(BLOCK), lax.axis_size(BLOCK)
+    mine = lax.div(tiles - cluster + (clusters - 1), clusters)
+
+    def loop(i: jax.Array, carry: tuple) -> tuple:
+        step, record = carry
+        following = jnp.minimum(cluster + (i + 1) * clusters, tiles - 1)
+        ahead = fetch(following)
+        return visit(record, step), ahead
+
+    start = jnp.int32(0), fetch(jnp.minimum(cluster, tiles - 1))
+    lax.fori_loop(0, mine, loop, start)
+
+
+def fill(ring: Ring, count: jax.Array, step: jax.Array, copy: Callable) -> jax.Array:
+    """Producer's side of a tile: `copy(i, slot, full)` for i below `count`; the next step."""
+
+    def one(i: jax.Array, step: jax.Array) -> jax.Array:
+        slot = lax.rem(step, ring.stages)
+        plgpu.barrier_wait(ring.empty.at[slot])
+        copy(i, slot, ring.full.at[slot])
+        return step + 1
+
+    return lax.fori_loop(0, count, one, step)
+
+
+def drain(
+    ring: Ring, count: jax.Array, step: jax.Array, shape: tuple[int, int], operands: Callable
+) -> tuple[jax.Array, jax.Array]:
+    """Consumer's side of a tile: the sum of products of `operands(i, slot)`, float32 of `shape`.
+
+    One product stays in flight: a slot is handed back when the product after it was issued.
+
+    The consumers share the tensor cores. Left alone they finish a tile together and store it
+    together, and nobody multiplies meanwhile; so the second one starts `lead` steps late, which
+    costs nothing, as the first has the tensor cores to itself until then. A tile of fewer steps
+    than slots is left alone: the first consumer could come round to `turn` twice.
+    """
+    first = lax.axis_index(WARPGROUP) == 0
+    turns = (count >= ring.stages) if ring.lead else False
+
+    def release(step: jax.Array) -> None:
+        plgpu.barrier_arrive(ring.empty.at[lax.rem(step, ring.stages)])
+
+    def accumulate(total):
+        def one(i: jax.Array, step: jax.Array) -> jax.Array:
+            slot = lax.rem(step, ring.stages)
+            plgpu.barrier_wait(ring.full.at[slot])
+            plgpu.wgmma(total, *operands(i, slot))
+            plgpu.wgmma_wait(1)
+            pl.when(i > 0)(lambda: release(step - 1))
+            pl.when(first & turns & (i == ring.lead - 1))(
+                lambda: plgpu.barrier_arrive(ring.turn.at[0])
+            )
+            return step + 1
+
+        pl.when(~first & turns)(lambda: plgpu.barrier_wait(ring.turn.at[0]))
+        last = lax.fori_loop(0, count, one, step)
+        plgpu.wgmma_wait(0)
+        pl.when(count > 0)(lambda: release(last - 1))
+        return total[...], last
+
+    return pl.run_scoped(accumulate, plgpu.ACC(shape))
+
+
+def store_all(staged, *, out) -> None:
+    """Copies `staged` to `out`, of the same shape; does not wait."""
+    plgpu.copy_smem_to_gmem(staged, out, commit_group=False)
+
+
+def store_rows(staged, *, out, low: jax.Array, high: jax.Array) -> None:
+    """Copies rows low..high of `staged` [rows, 64] to the same rows of `out`; does not wait.
+
+    A copy's length is fixed when it is compiled: a part of the rows goes in powers of two.
+    """
+    rows = staged.shape[0]
+    length = jnp.minimum(high, rows) - jnp.maximum(low, 0)
+    low = jnp.maximum(low, 0)
+
+    def copy(start, count: int) -> None:
+        store_all(staged.at[pl.ds(start, count)], out=out.at[pl.ds(start, count)])
+
+    pl.when(length == rows)(lambda: copy(0, rows))
+
+    @pl.when(length < rows)
+    def _part():
+        power = 1 << (rows.bit_length() - 1)
+        while power:
+            if power < rows:
+                start = low + (length & ~(2 * power - 1))
+                pl.when((length > 0) & ((length & power) != 0))(
+                    lambda start=start, power=power: copy(start, power)
+                )
+            power //= 2
+
+
+def slots(stages: int, shape: tuple[int, int], dtype) -> Any:
+    """Shared memory of one operand's slots in the ring."""
+    return plgpu.SMEM((stages, *shape), dtype, transforms=_OPERAND)
+
+
+def staging(rows: int, slots: int, dtype) -> Any:
+    """Shared memory in which the consumers put outputs on their way to memory."""
+    return plgpu.SMEM((CONSUMERS, slots, rows, ATOM), dtype, transforms=_STAGED)
+
+
+def send(staged, chunks: Iterable[tuple[int, Callable, Callable]]) -> None:
+    """Sends chunks of outputs through the slots of `staged` [slots, rows, 64] in turn.
+
+    A chunk is (rows, write, copy): `write(spot)` fills that many rows of a slot, `copy(spot)`
+    starts the copies to memory. Only a slot's own former copies are waited for.
+    """
+    slots = staged.shape[0]
+    for index, (rows, write, copy) in enumerate(chunks):
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        spot = staged.at[index % slots, pl.ds(0, rows)]
+        write(spot)
+        plgpu.commit_smem()
+        copy(spot)
+        plgpu.commit_smem_to_gmem_group()
