@@ -20,7 +20,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels._choose import device_kind, is_hopper, only_on_cuda
 from pallas_kernels.grouped_matmul.hopper_groups import multiply_groups
@@ -47,8 +46,8 @@ def grouped_matmul(
     x: jax.Array,
     w: jax.Array,
     group_sizes: jax.Array,
+    first_row: jax.Array | int = 0,
     *,
-    group_offset: jax.Array | int = 0,
     interpret: bool = False,
 ) -> jax.Array:
     """See `pallas_kernels.grouped_matmul`; bfloat16 or float16, on H100, H200 and their like.
@@ -56,8 +55,8 @@ def grouped_matmul(
     Args:
       x: [M, K].
       w: [G, K, N].
-      group_sizes: int32 [G], or longer where `w` is a shard's slice of the groups.
-      group_offset: int32 [], which of the sizes is that of `w[0]`. Rows of groups outside the slice
+      group_sizes: int32 [G].
+      first_row: int32 [], where group 0 begins. The rows before it, like those behind the groups,
         are not read and come out as zeros, in the result and in the gradient of `x`.
       interpret: simulate the GPU on the CPU, on JAX 0.11 or later; for tests.
 
@@ -66,12 +65,9 @@ def grouped_matmul(
     """
     if why := refusal(x, w):
         raise ValueError(why)
-    before = jnp.arange(group_sizes.shape[0]) < group_offset
-    first_row = jnp.sum(jnp.where(before, group_sizes, 0), dtype=jnp.int32)
-    sizes = lax.dynamic_slice_in_dim(group_sizes, group_offset, w.shape[0])
     if not interpret:
-        sizes = only_on_cuda(sizes, "implementation='hopper' (grouped_matmul)")
-    return _grouped_matmul(interpret, x, w, sizes, first_row)
+        group_sizes = only_on_cuda(group_sizes, "implementation='hopper' (grouped_matmul)")
+    return _grouped_matmul(interpret, x, w, group_sizes, jnp.asarray(first_row, jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -68,12 +68,12 @@ def _simulated():
     """The result and both gradients, compiled: for any sizes."""
 
     @jax.jit
-    def value_and_vjp(x, w, sizes, offset, dy):
-        run = functools.partial(hopper.grouped_matmul, interpret=True, group_offset=offset)
-        y, vjp = jax.vjp(lambda x, w: run(x, w, sizes), x, w)
+    def value_and_vjp(x, w, sizes, first_row, dy):
+        run = functools.partial(hopper.grouped_matmul, interpret=True)
+        y, vjp = jax.vjp(lambda x, w: run(x, w, sizes, first_row), x, w)
         return y, *vjp(dy)
 
-    shapes = [(ROWS, K), (OWN, K, N), (6,), (), (ROWS, N)]
+    shapes = [(ROWS, K), (OWN, K, N), (OWN,), (), (ROWS, N)]
     dtypes = [jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.int32, jnp.bfloat16]
     return value_and_vjp.lower(*map(jax.ShapeDtypeStruct, shapes, dtypes)).compile()
 
@@ -88,7 +88,7 @@ def test_forward_and_gradients_of_a_slice_of_the_groups(case):
     mine[first_row : first_row + sum(own)] = True
     x[~mine], dy[~mine] = np.nan, np.inf
 
-    y, dx, dw = _simulated()(x, w, np.asarray(sizes, np.int32), np.int32(offset), dy)
+    y, dx, dw = _simulated()(x, w, np.asarray(own, np.int32), np.int32(first_row), dy)
 
     want_y, want_dx, want_dw = map(np.zeros, (y.shape, dx.shape, dw.shape))
     for group, run in _runs(own, first_row):
