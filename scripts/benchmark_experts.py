@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,11 +116,12 @@ def transformers_layer(case: Case) -> Callable | None:
             return torch.zeros((), dtype=x.dtype, device=x.device)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = DeepseekV3Config(**{**case.config.to_hf(), "n_shared_experts": 1})
+    raw: dict[str, Any] = {**case.config.to_hf(), "n_shared_experts": 1}
+    config = DeepseekV3Config(**raw)
     config._experts_implementation = "grouped_mm"
     with torch.device(device):
         layer = modeling_deepseek_v3.DeepseekV3MoE(config).to(torch.bfloat16)
-    layer.shared_experts = Nothing()
+    layer.add_module("shared_experts", Nothing())
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=case.config.initializer_range)
     shape = case.x.shape

@@ -5,16 +5,23 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 INVENTORY = "inventory.json"
 
 
-def write_inventory(folder: Path) -> None:
-    """Lists every file under `folder` in its `inventory.json`."""
+def write_inventory(folder: Path, known: Mapping[str, list[int]] | None = None) -> None:
+    """Lists every file under `folder` in its `inventory.json`.
+
+    Args:
+      known: [bytes, CRC-32] of files that need not be read again, by name.
+    """
+    known = known or {}
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    names = [name for name in names if name != INVENTORY]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        prints = pool.map(_fingerprint, (folder / name for name in names))
+        prints = pool.map(lambda name: known.get(name) or _fingerprint(folder / name), names)
         files = dict(zip(names, prints, strict=True))
     with (folder / INVENTORY).open("w", encoding="utf-8") as file:
         json.dump({"files": files, "crc32": _crc32_of(files)}, file, indent=1)
@@ -22,16 +29,29 @@ def write_inventory(folder: Path) -> None:
         os.fsync(file.fileno())  # as Orbax does for its own files, before the rename
 
 
-def find_damage(folder: Path, only: str | None = None) -> str | None:
-    """The first disagreement between a folder and its inventory, None if there is none."""
+def read_inventory(folder: Path) -> dict[str, list[int]]:
+    """{file: [bytes, CRC-32]} as `write_inventory` found them.
+
+    Raises:
+      ValueError: it cannot be read, or was changed.
+    """
     try:
         inventory = json.loads((folder / INVENTORY).read_text(encoding="utf-8"))
         files = inventory["files"]
         intact = inventory["crc32"] == _crc32_of(files)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{INVENTORY} cannot be read ({one_line(error)})"
+        raise ValueError(f"{INVENTORY} cannot be read ({one_line(error)})") from error
     if not intact:
-        return f"{INVENTORY} was changed"
+        raise ValueError(f"{INVENTORY} was changed")
+    return files
+
+
+def find_damage(folder: Path, only: str | None = None) -> str | None:
+    """The first disagreement between a folder and its inventory, None if there is none."""
+    try:
+        files = read_inventory(folder)
+    except ValueError as error:
+        return str(error)
     names = [only] if only else sorted(files)
 
     def check(name: str) -> str | None:

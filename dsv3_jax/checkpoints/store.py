@@ -183,7 +183,7 @@ class CheckpointStore:
           CheckpointError: damaged; nothing older is taken instead.
         """
         step = self._resolve(step)
-        folder = self._folder(step)
+        folder = self.state_folder(step)
         self._verify(step)
         targets = jax.tree.map(_with_sharding, abstract_state)
         handler = ocp.PyTreeCheckpointHandler()
@@ -227,7 +227,8 @@ class CheckpointStore:
             )
         return self._manager
 
-    def _folder(self, step: int) -> Path:
+    def state_folder(self, step: int) -> Path:
+        """The folder of a step that holds its arrays."""
         return self.directory / _STEP_NAMES.build_name(step) / _ITEM
 
     def _resolve(self, step: int | None) -> int:
@@ -245,7 +246,7 @@ class CheckpointStore:
         self._verify(step, only="_METADATA")
         handler = ocp.PyTreeCheckpointHandler()
         try:
-            record: Any = handler.metadata(epath.Path(self._folder(step))).custom_metadata
+            record: Any = handler.metadata(epath.Path(self.state_folder(step))).custom_metadata
             return record
         except Exception as error:
             raise self._not_read(step, error) from error
@@ -254,7 +255,7 @@ class CheckpointStore:
 
     def _verify(self, step: int, *, only: str | None = None) -> None:
         """Checks the files of a step (or one of them) against the inventory."""
-        problem = find_damage(self._folder(step), only)
+        problem = find_damage(self.state_folder(step), only)
         if problem:
             raise self._damaged(step, problem)
 

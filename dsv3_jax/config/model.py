@@ -270,7 +270,7 @@ class ModelConfig:
             place = str(path)
             try:
                 raw = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # bad UTF-8 and deep nesting too
                 raise ConfigError(f"not valid JSON: {error} ({place})") from error
             require(isinstance(raw, dict), "the top level must be an object", place)
         if "num_mtp_layers" in raw:  # transformers' newer name of the same field

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import ModelConfig, RuntimeConfig
-from dsv3_jax.model.layers import SwiGLU
+from dsv3_jax.model.layers import SwiGLU, scaled
 from dsv3_jax.parallel import experts
 from dsv3_jax.parallel.mesh import per_token
 from pallas_kernels import grouped_matmul
@@ -123,7 +123,8 @@ class Gate(nn.Module):
 class RoutedExperts(nn.Module):
     """The routed SwiGLU experts, dropless: tokens [B, T, D], topk_* [B, T, K] -> float32 [B, T, D].
 
-    Parameters: `gate_up_proj` [E, D, 2, F] (gate, then up) and `down_proj` [E, F, D].
+    Parameters: `gate_up_proj` [E, D, 2, F] (gate, then up) and `down_proj` [E, F, D]; either may
+    be kept as FP8, see `scaled`.
     """
 
     config: ModelConfig
@@ -138,8 +139,10 @@ class RoutedExperts(nn.Module):
             config.moe_intermediate_size,
         )
         init = nn.initializers.normal(config.initializer_range)
-        gate_up = self.param("gate_up_proj", init, (n_experts, hidden, 2, width)).astype(dtype)
-        down = self.param("down_proj", init, (n_experts, width, hidden)).astype(dtype)
+        gate_up = self.param("gate_up_proj", init, (n_experts, hidden, 2, width))
+        gate_up = scaled(self, "gate_up_proj", gate_up, axes=(1, 3)).astype(dtype)
+        down = self.param("down_proj", init, (n_experts, width, hidden))
+        down = scaled(self, "down_proj", down, axes=(1, 2)).astype(dtype)
         return experts.run_experts(
             self._compute, x.astype(dtype), topk_idx, topk_weight, gate_up, down
         )

@@ -96,15 +96,14 @@ class _Step:
         state: TrainState,
         say: Any,
     ) -> None:
-        places = {}
-        self._batch_sharding = None
+        self._batch_sharding, placed = None, None
         if mesh is not None:
             self._batch_sharding = batch_sharding(mesh, config.batch.microbatch_size)
             everywhere = NamedSharding(mesh, PartitionSpec())
-            places = {
-                "out_shardings": (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
-            }
-        self._jitted = jax.jit(make_train_step(model, config), donate_argnums=0, **places)
+            placed = (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
+        self._jitted = jax.jit(
+            make_train_step(model, config), donate_argnums=0, out_shardings=placed
+        )
         self._compiled: dict[tuple[int, ...], Any] = {}
         self._microbatch = config.batch.microbatch_size
         self._say = say
