@@ -8,5 +8,6 @@ raises. This package knows arrays only: no mesh, no configuration, no model.
 
 from pallas_kernels.attention import causal_attention
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul.fp8 import grouped_matmul_fp8
 
-__all__ = ["causal_attention", "grouped_matmul"]
+__all__ = ["causal_attention", "grouped_matmul", "grouped_matmul_fp8"]

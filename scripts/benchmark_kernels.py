@@ -101,22 +101,23 @@ class Problem:
         elements = self.rows * (self.k + self.n) + hit * self.k * self.n
         return 2 * elements / BYTES_PER_SECOND * 1e3
 
-    def error(self, operation: str, result: torch.Tensor) -> float:
-        """Worst group's relative L2 distance from the float32 product."""
+    def error(self, operation: str, result: torch.Tensor, operands: Any = None) -> float:
+        """Worst group's relative L2 distance from the float32 product of `operands`, or ours."""
+        operands = operands or self
         worst = 0.0
         for group, end in enumerate(self.ends):
             rows = slice(end - self.sizes[group], end)
             if operation == "wgrad":
-                want = self.x[rows].float().T @ self.dy[rows].float()
+                want = operands.x[rows].float().T @ operands.dy[rows].float()
                 got = result[group].float()
             else:
                 if not self.sizes[group]:
                     continue
-                weight = self.w[group].float()
+                weight = operands.w[group].float()
                 want = (
-                    self.x[rows].float() @ weight
+                    operands.x[rows].float() @ weight
                     if operation == "fwd"
-                    else self.dy[rows].float() @ weight.T
+                    else operands.dy[rows].float() @ weight.T
                 )
                 got = result[rows].float()
             size = want.norm().clamp_min(1e-30)
@@ -238,7 +239,9 @@ class Contender:
         result = self.run()
         if isinstance(result, jax.Array):
             result = torch.from_dlpack(jax.block_until_ready(result))
-        self.record["error"] = problem.error(self.operation, result)
+        # What was multiplied, where that is not the problem's bfloat16.
+        operands = getattr(self.run, "operands", None)
+        self.record["error"] = problem.error(self.operation, result, operands)
 
 
 def compare(problem: Problem, options: argparse.Namespace) -> list[dict]:

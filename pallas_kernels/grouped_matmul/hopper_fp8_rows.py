@@ -1,0 +1,187 @@
+"""FP8 forward and dgrad on Hopper: each run of rows times the transpose of its group's matrix.
+
+A task is up to 128 rows of one group, a block's tile such a task by 128 columns. A whole task gives
+each consumer 64 of its rows as WGMMA's M operand. Fewer rows would waste it, so they become the N
+operand, which may have any multiple of eight, and each consumer takes 64 of the columns.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _compat
+from pallas_kernels._e4m3 import E4M3, TILE
+from pallas_kernels.grouped_matmul import hopper_pipeline as pipeline
+from pallas_kernels.grouped_matmul import hopper_tasks as tasks
+from pallas_kernels.grouped_matmul.hopper_fp8_sums import Products, promoted_sum
+from pallas_kernels.grouped_matmul.hopper_fp8_tiles import OPERAND, RowTile, row_tile
+from pallas_kernels.grouped_matmul.hopper_tiles import ALIGNED_ROWS, ATOM
+
+
+def multiply(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    tile: RowTile | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """x [M, C] times the transposes of w [G, O, C] -> bfloat16 [M, O].
+
+    M is a multiple of 8, C and O are multiples of 128; rows of no group come out as zeros.
+    """
+    rows, columns = x.shape[0], w.shape[1]
+    tile = tile or row_tile(rows, w.shape[0])
+    lines, count = tasks.row_tasks(group_sizes, jnp.int32(0), rows, (TILE,), tile.panel)
+    kernel = pipeline.launch(
+        functools.partial(_body, tile=tile),
+        jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16),
+        {
+            "x_slots": plgpu.SMEM((tile.stages, TILE, TILE), E4M3, transforms=OPERAND),
+            "w_slots": plgpu.SMEM((tile.stages, TILE, TILE), E4M3, transforms=OPERAND),
+            "scale_slots": plgpu.SMEM((tile.stages, TILE), jnp.float32),
+            "staged": pipeline.staging(ATOM, tile.store_slots, jnp.bfloat16),
+            **pipeline.ring_barriers(3, tile.stages, tile.cluster),
+        },
+        cluster=tile.cluster,
+        name="grouped_matmul_fp8",
+        interpret=interpret,
+    )
+    return kernel(lines, count, x, x_scale, w, w_scale)
+
+
+def _body(
+    lines, count, x, x_scale, w, w_scale, out,
+    x_slots, w_slots, scale_slots, staged, full, empty, turn, *, tile,
+):  # fmt: skip
+    ring = pipeline.Ring(full, empty, turn, tile.stages, 0)
+    steps = x.shape[1] // TILE
+    column_tiles = -(-out.shape[1] // (TILE * tile.cluster))
+    fetch = functools.partial(_fetch, lines, column_tiles, tile.cluster)
+    for_each_tile = functools.partial(pipeline.for_each_tile, count[0] * column_tiles, fetch)
+
+    def by_rows(high: jax.Array, run: Callable[[int, jax.Array], jax.Array], step: jax.Array):
+        """`run(rows, step)` compiled for the smallest of the tile's row counts that fits."""
+        variant = sum(((high > n).astype(jnp.int32) for n in tile.rows[:-1]), jnp.int32(0))
+        return lax.switch(variant, [functools.partial(run, n) for n in tile.rows], step)
+
+    def produce():
+        def visit(record, step):
+            column, group, window, _, high, live = record
+
+            def load(rows, step):
+                def copy(i, slot, full):
+                    inner = pl.ds(i * TILE, TILE)
+                    outer, own = pl.ds(window * ALIGNED_ROWS, rows), pl.ds(0, rows)
+                    shared = pipeline.CLUSTER if tile.cluster > 1 else None
+                    plgpu.copy_gmem_to_smem(
+                        x.at[outer, inner], x_slots.at[slot, own], full, collective_axes=shared
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        w.at[group, pl.ds(column * TILE, TILE), inner], w_slots.at[slot], full
+                    )
+                    plgpu.copy_gmem_to_smem(x_scale.at[i, outer], scale_slots.at[slot, own], full)
+
+                return pipeline.fill(ring, steps * live, step, copy)
+
+            return by_rows(high, load, step)
+
+        for_each_tile(visit)
+
+    def consume():
+        warpgroup = lax.axis_index(pipeline.WARPGROUP)
+        half = pl.ds(warpgroup * ATOM, ATOM)
+
+        def visit(record, step):
+            column, group, _, _, high, live = record
+
+            def compute(rows, step):
+                whole = rows == TILE
+                mine = half if whole else pl.ds(0, rows)
+                layout = plgpu.Layout.WGMMA.reduce(1 if whole else 0)
+                shape = (ATOM, TILE if whole else rows)
+
+                def operands(slot):
+                    if whole:
+                        return x_slots.at[slot, half], _compat.transposed(w_slots.at[slot])
+                    rows_n = _compat.transposed(x_slots.at[slot, mine])
+                    return w_slots.at[slot, half], rows_n
+
+                products = Products(
+                    shape,
+                    operands,
+                    lambda slot: plgpu.layout_cast(scale_slots[slot, mine], layout),
+                    lambda _, row_scale, block_scale: lax.broadcast_in_dim(
+                        row_scale * block_scale, shape, [0 if whole else 1]
+                    ),
+                    lambda i: w_scale[group, column, jnp.minimum(i, steps - 1)],
+                )
+                chains, rest = divmod(steps, tile.chain)
+                counts = chains * live, rest * live if rest else None
+                total, step = promoted_sum(ring, counts, step, products, tile.chain)
+                chunks = _row_chunks if whole else _column_chunks
+                pipeline.send(staged.at[warpgroup], chunks(total, out, record))
+                return step
+
+            return by_rows(high, compute, step)
+
+        for_each_tile(visit)
+
+    pipeline.split_roles(ring, produce, consume)
+
+
+def _fetch(lines, column_tiles: int, cluster: int, index: jax.Array) -> tuple:
+    """The `index`-th tile: column tile and the fields of its task.
+
+    The row tasks of a panel are walked together, a column of tiles after the other.
+    """
+    near = lax.div(index, column_tiles)
+    first, length = lines[near, tasks.PANEL_FIRST], lines[near, tasks.PANEL_LENGTH]
+    local = index - first * column_tiles
+    column = lax.div(local, length)
+    task = first + local - column * length
+    fields = (tasks.GROUP, tasks.WINDOW, tasks.LOW, tasks.HIGH, tasks.LIVE)
+    column = column * cluster + lax.axis_index(pipeline.CLUSTER)
+    return column, *(lines[task, field] for field in fields)
+
+
+def _place(out, record: tuple, row, column, rows: int) -> dict:
+    """Where `rows` rows by 64 columns go that lie at `row`, `column` of the tile, for a store."""
+    tile_column, _, window, low, high, _ = record
+    down = pl.ds(window * ALIGNED_ROWS + row, rows)
+    return {
+        "out": out.at[down, pl.ds(tile_column * TILE + column, ATOM)],
+        "low": low - row,
+        "high": high - row,
+    }
+
+
+def _row_chunks(total: jax.Array, out, record: tuple) -> Iterator[tuple]:
+    """The chunks, as `send` takes them, of 64 rows by all columns."""
+    total = total.astype(out.dtype)
+    row = lax.axis_index(pipeline.WARPGROUP) * ATOM
+    for column in range(0, TILE, ATOM):
+
+        def write(spot, part=total[:, column : column + ATOM]):
+            spot[...] = part
+
+        place = _place(out, record, row, column, ATOM)
+        yield ATOM, write, functools.partial(pipeline.store_rows, **place)
+
+
+def _column_chunks(total: jax.Array, out, record: tuple) -> Iterator[tuple]:
+    """The chunks, as `send` takes them, of all rows by 64 columns; `total` is transposed."""
+    total = total.astype(out.dtype)
+    column = lax.axis_index(pipeline.WARPGROUP) * ATOM
+    for row in range(0, total.shape[1], ATOM):
+        height = min(ATOM, total.shape[1] - row)
+        write = functools.partial(_compat.store_transposed, value=total[:, row : row + height])
+        place = _place(out, record, row, column, height)
+        yield height, write, functools.partial(pipeline.store_rows, **place)

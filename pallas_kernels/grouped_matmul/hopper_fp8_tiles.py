@@ -1,0 +1,59 @@
+"""Sizes of the FP8 kernels on Hopper: the one table, and the rule for shapes it does not list."""
+
+import dataclasses
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# What WGMMA reads: atoms of eight rows of 128 swizzled bytes, 128 e4m3 codes.
+OPERAND = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTile:
+    """Tile of forward and dgrad: at most 128 rows of one group by 128 columns, 128 deep.
+
+    Attributes:
+      rows: row counts that a loop is compiled for, ascending multiples of 8, the last one 128.
+      stages: pipeline steps in shared memory.
+      chain: sums that are unrolled, see `hopper_fp8_sums`.
+      cluster: blocks that compute neighbouring columns of the same rows and share the loads of
+        these rows by multicast, 1 or 2; 2 needs an even number of column tiles.
+      panel: row tasks of one group that are walked together, column after column, so that the
+        weights are read once for all of them while the rows stay in L2.
+      store_slots: chunks of 64 by 64 outputs each consumer may have on their way to memory.
+    """
+
+    rows: tuple[int, ...]
+    stages: int = 6
+    chain: int = 4
+    cluster: int = 1
+    panel: int = 16
+    store_slots: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupTile:
+    """Tile of wgrad: 128 by 128 outputs of one group, 128 of its rows a step.
+
+    Attributes:
+      stages, chain, store_slots: as in `RowTile`.
+    """
+
+    stages: int = 5
+    chain: int = 2
+    store_slots: int = 2
+
+
+# On an H200, forward at 32768 rows, 32 groups, 7168 -> 4096: chains of 1, 2 and 4 gave 893, 989 and
+# 1028 TFLOP/s; multicast gave nothing. Panels of 16, block scales read a chain ahead and wgrad's
+# chain come from the compiled code (no spilled register, no early wait) and are not measured yet.
+# Many rows a group: almost every task is whole.
+_MANY = RowTile(rows=(128,))
+# Fewer: a group's last rows are a good part of it.
+_FEW = RowTile(rows=(16, 32, 64, 96, 128))
+_MANY_FROM = 512
+
+
+def row_tile(rows: int, groups: int) -> RowTile:
+    """The tile for `rows` rows in `groups` groups."""
+    return _MANY if rows >= _MANY_FROM * groups else _FEW

@@ -1,0 +1,217 @@
+"""FP8 quantisers of the report (section 3.3): tiles of 1 x 128 and blocks of 128 x 128, e4m3.
+
+A value is its code times its tile's scale. The scale is float32, absolute maximum / 448, so codes
+reach the whole range of e4m3; a code is the value times the float32 reciprocal of the scale,
+rounded to nearest, ties to even, and saturates. A tile of zeros has scale 1. A number that is not
+finite spoils its own tile only. Tiles at the edge of an array may be partial.
+
+`implementation` is "portable" (plain JAX, any platform), "triton" (one pass over the numbers on
+NVIDIA GPUs, for sizes that its tiles divide) or None, which is "portable".
+
+Scales of rows are stored tile by tile, [tiles, rows], because the matrix products read the scales
+of many rows for one tile of the contraction: next to each other in memory.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import quantize_triton
+from pallas_kernels._choose import only_on_cuda
+from pallas_kernels._e4m3 import E4M3, MAX_CODE, SMALLEST_SCALE, TILE
+
+_IMPLEMENTATIONS = ("portable", "triton")
+
+
+class Weights(NamedTuple):
+    """Matrices in blocks of 128 x 128, stored for products that contract over either dimension.
+
+    Attributes:
+      codes: e4m3 [G, K, N].
+      turned: the same codes, [G, N, K].
+      scale: float32 [G, ceil(K / 128), ceil(N / 128)], of `codes`.
+    """
+
+    codes: jax.Array
+    turned: jax.Array
+    scale: jax.Array
+
+
+class TokenTiles(NamedTuple):
+    """Rows of several groups, transposed: the operand of a product that contracts over rows.
+
+    Every group starts at a multiple of 128 columns, so no tile holds rows of two groups.
+
+    Attributes:
+      codes: e4m3 [K, P], P a multiple of 128; column c of group g is its row c - 128 * first[g],
+        zeros where the group has no such row.
+      scale: float32 [P / 128, K].
+      first: int32 [G], first tile of each group.
+      count: int32 [G], tiles of each group.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    first: jax.Array
+    count: jax.Array
+
+
+def _tiled(x: jax.Array, axis: int) -> jax.Array:
+    """float32 `x` with axis `axis` split into [tiles, 128], zeros added at its end."""
+    length = x.shape[axis]
+    tiles = -(-length // TILE)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, tiles * TILE - length)
+    x = jnp.pad(x.astype(jnp.float32), padding)
+    return x.reshape(*x.shape[:axis], tiles, TILE, *x.shape[axis + 1 :])
+
+
+def _scale(tiles: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Scales of the tiles spanned by `axes`, which are kept with length 1."""
+    largest = jnp.max(jnp.abs(tiles), axis=axes, keepdims=True)
+    # The divisor depends on data: compilers turn a division by a constant into a product with its
+    # reciprocal, which is not the same number.
+    empty = largest == 0
+    scale = jnp.where(empty, 1.0, largest) / jnp.where(empty, 1.0, MAX_CODE)
+    return jnp.maximum(scale, SMALLEST_SCALE)
+
+
+def _codes(tiles: jax.Array, scale: jax.Array) -> jax.Array:
+    return jnp.clip(tiles * (1 / scale), -MAX_CODE, MAX_CODE).astype(E4M3)
+
+
+def _fused(implementation: str | None, refusal: str | None, place: str) -> bool:
+    """Whether to run the Triton kernel; raises if it was asked for and cannot run."""
+    if implementation not in (None, *_IMPLEMENTATIONS):
+        known = ", ".join(_IMPLEMENTATIONS)
+        raise ValueError(f"{implementation=} must be one of: {known} ({place})")
+    if implementation == "triton" and refusal:
+        raise ValueError(f"implementation='triton': {refusal} ({place})")
+    return implementation == "triton"
+
+
+def _on_cuda(x: jax.Array) -> jax.Array:
+    return only_on_cuda(x, "implementation='triton' (quantize)")
+
+
+def quantize_tiles(x: jax.Array, implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """Quantises each row in tiles of 1 x 128.
+
+    Args:
+      x: floating [M, K].
+      implementation: see the module.
+
+    Returns:
+      Codes e4m3 [M, K] and scales float32 [ceil(K / 128), M].
+
+    Raises:
+      ValueError: an unknown implementation, or one that cannot take `x`.
+    """
+    if _fused(implementation, quantize_triton.refuses_rows(*x.shape), "quantize_tiles"):
+        return quantize_triton.quantize_tiles(_on_cuda(x))
+    tiles = _tiled(x, 1)
+    scale = _scale(tiles, (2,))
+    codes = _codes(tiles, scale).reshape(x.shape[0], -1)[:, : x.shape[1]]
+    return codes, scale[:, :, 0].T
+
+
+def quantize_blocks(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Quantises matrices in blocks of 128 x 128.
+
+    Args:
+      w: floating [..., K, N].
+
+    Returns:
+      Codes e4m3 [..., K, N] and scales float32 [..., ceil(K / 128), ceil(N / 128)].
+    """
+    *_, k, n = w.shape
+    blocks = _tiled(_tiled(w, w.ndim - 1), w.ndim - 2)
+    scale = _scale(blocks, (w.ndim - 1, w.ndim + 1))
+    codes = _codes(blocks, scale)
+    codes = codes.reshape(*w.shape[:-2], codes.shape[-4] * TILE, codes.shape[-2] * TILE)
+    return codes[..., :k, :n], scale[..., 0, :, 0]
+
+
+def quantize_weights(w: jax.Array, implementation: str | None = None) -> Weights:
+    """`quantize_blocks` of w [G, K, N], and the codes transposed.
+
+    Raises:
+      ValueError: an unknown implementation, or one that cannot take `w`.
+    """
+    if _fused(implementation, quantize_triton.refuses_weights(*w.shape[1:]), "quantize_weights"):
+        return Weights(*quantize_triton.quantize_weights(_on_cuda(w)))
+    codes, scale = quantize_blocks(w)
+    return Weights(codes, codes.mT, scale)
+
+
+def swiglu(gate_up: jax.Array, row_weight: jax.Array | None = None) -> jax.Array:
+    """silu(gate) * up, times `row_weight` [M]; gate_up [M, 2F], gate first -> float32 [M, F]."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
+    hidden = jax.nn.silu(gate) * up
+    return hidden if row_weight is None else hidden * row_weight.astype(jnp.float32)[:, None]
+
+
+def swiglu_quantize(
+    gate_up: jax.Array, row_weight: jax.Array | None = None, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`swiglu` and `quantize_tiles` in one pass: the activation is never rounded in between.
+
+    Args:
+      gate_up: floating [M, 2F], all gates before all ups.
+      row_weight: floating [M], or None: a factor for each row.
+      implementation: see the module.
+
+    Returns:
+      Codes e4m3 [M, F] and scales float32 [ceil(F / 128), M].
+
+    Raises:
+      ValueError: an unknown implementation, or one that cannot take `gate_up`.
+    """
+    refusal = quantize_triton.refuses_rows(gate_up.shape[0], gate_up.shape[1] // 2)
+    if _fused(implementation, refusal, "swiglu_quantize"):
+        return quantize_triton.swiglu_quantize(_on_cuda(gate_up), row_weight)
+    return quantize_tiles(swiglu(gate_up, row_weight))
+
+
+def token_tiles(rows: int, groups: int) -> int:
+    """The most tiles of 128 rows that `groups` groups of `rows` rows in all can need."""
+    return max(rows // TILE + min(groups, rows), 1)
+
+
+def transpose_quantize(
+    x: jax.Array, group_sizes: jax.Array, implementation: str | None = None
+) -> TokenTiles:
+    """Transposes and quantises each column in tiles of 128 rows of one group ("token-wise").
+
+    Args:
+      x: floating [M, K], rows sorted by group; rows past the sum of the sizes are not read.
+      group_sizes: int32 [G].
+      implementation: see the module.
+
+    Raises:
+      ValueError: an unknown implementation, or one that cannot take `x`.
+    """
+    rows, channels = x.shape
+    groups = group_sizes.shape[0]
+    count = (group_sizes + TILE - 1) // TILE
+    tile_ends = jnp.cumsum(count)
+    first = tile_ends - count
+    starts = jnp.cumsum(group_sizes) - group_sizes
+    tiles = jnp.arange(token_tiles(rows, groups))
+    group = jnp.searchsorted(tile_ends, tiles, side="right", method="compare_all")
+    group = jnp.minimum(group, groups - 1)
+    start = starts[group] + (tiles - first[group]) * TILE
+    live = jnp.clip(starts[group] + group_sizes[group] - start, 0, TILE)
+    if _fused(implementation, quantize_triton.refuses_tokens(channels), "transpose_quantize"):
+        kernel = quantize_triton.transpose_quantize
+        codes, scale = kernel(_on_cuda(x), start.astype(jnp.int32), live.astype(jnp.int32))
+    else:
+        inside = jnp.arange(TILE)
+        mine = inside < live[:, None]
+        row = jnp.where(mine, start[:, None] + inside, 0)
+        values = jnp.where(mine[..., None], x[row].astype(jnp.float32), 0)
+        scale = _scale(values, (1,))
+        codes = _codes(values, scale).reshape(-1, channels).T
+        scale = scale[:, 0]
+    return TokenTiles(codes, scale, first.astype(jnp.int32), count.astype(jnp.int32))

@@ -1,0 +1,190 @@
+"""The FP8 quantisers as one pass each on NVIDIA GPUs (Pallas Triton); meanings in `quantize`.
+
+A pass reads every number once and writes every code once. The compiler would read twice, once for
+the largest numbers and once for the codes, and transpose in a third pass. Divisions here may be off
+by two units in the last place, so a scale may differ by as much from that of `quantize`, and a code
+next to a tie by one.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels._e4m3 import E4M3, MAX_CODE, SMALLEST_SCALE, TILE
+
+_ROWS = 32  # of a program of `quantize_tiles`
+_CHANNELS = 64  # of a program of `transpose_quantize`
+_WHOLE = pl.BlockSpec(memory_space=pl.ANY)
+
+
+def _call(body, grid, out_shape, in_specs, out_specs, *, warps, name, interpret):
+    return pl.pallas_call(
+        body,
+        grid=grid,
+        out_shape=out_shape,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=interpret,
+        name=name,
+    )
+
+
+def _scale(largest: jax.Array) -> jax.Array:
+    scale = jnp.where(largest == 0, 1.0, largest / MAX_CODE)
+    return jnp.maximum(scale, SMALLEST_SCALE)
+
+
+def _codes(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return jnp.clip(x * (1 / scale), -MAX_CODE, MAX_CODE).astype(E4M3)
+
+
+def _store_rows(x: jax.Array, codes, scale) -> None:
+    """Quantises `x` float32 [rows, 128] in tiles of one row."""
+    row_scale = _scale(jnp.max(jnp.abs(x), axis=1))
+    codes[...] = _codes(x, row_scale[:, None])
+    scale[...] = row_scale[None, :]
+
+
+def _rows_call(body, operands, shape, in_specs, *, name, interpret):
+    rows, columns = shape
+    shapes = (
+        jax.ShapeDtypeStruct((rows, columns), E4M3),
+        jax.ShapeDtypeStruct((columns // TILE, rows), jnp.float32),
+    )
+    out_specs = (
+        pl.BlockSpec((_ROWS, TILE), lambda i, j: (i, j)),
+        pl.BlockSpec((1, _ROWS), lambda i, j: (j, i)),
+    )
+    grid = rows // _ROWS, columns // TILE
+    return _call(body, grid, shapes, in_specs, out_specs, warps=4, name=name, interpret=interpret)(
+        *operands
+    )
+
+
+def refuses_rows(rows: int, columns: int) -> str | None:
+    """Why `quantize_tiles` and `swiglu_quantize` cannot take so many rows and results, or None."""
+    if rows % _ROWS or columns % TILE:
+        return f"{rows=}, {columns=} must be multiples of {_ROWS} and {TILE}"
+    return None
+
+
+def quantize_tiles(x: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    """x [M, K] -> codes [M, K] and scales [K / 128, M]."""
+
+    def body(x, codes, scale):
+        _store_rows(x[...].astype(jnp.float32), codes, scale)
+
+    spec = pl.BlockSpec((_ROWS, TILE), lambda i, j: (i, j))
+    return _rows_call(body, (x,), x.shape, [spec], name="quantize_tiles", interpret=interpret)
+
+
+def swiglu_quantize(
+    gate_up: jax.Array, row_weight: jax.Array | None = None, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """gate_up [M, 2F], row_weight [M] -> codes [M, F] and scales [F / 128, M]."""
+    rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
+
+    def body(gate, up, *refs):
+        gate, up = gate[...].astype(jnp.float32), up[...].astype(jnp.float32)
+        hidden = gate / (1 + jnp.exp(-gate)) * up
+        if row_weight is not None:
+            hidden = hidden * refs[0][...].astype(jnp.float32)[:, None]
+        _store_rows(hidden, *refs[-2:])
+
+    ups = columns // TILE
+    in_specs = [
+        pl.BlockSpec((_ROWS, TILE), lambda i, j: (i, j)),
+        pl.BlockSpec((_ROWS, TILE), lambda i, j: (i, j + ups)),
+    ]
+    operands = [gate_up, gate_up]
+    if row_weight is not None:
+        in_specs.append(pl.BlockSpec((_ROWS,), lambda i, j: (i,)))
+        operands.append(row_weight)
+    return _rows_call(
+        body, operands, (rows, columns), in_specs, name="swiglu_quantize", interpret=interpret
+    )
+
+
+def refuses_weights(k: int, n: int) -> str | None:
+    """Why `quantize_weights` cannot take matrices of k x n, or None."""
+    return f"{k=}, {n=} must be multiples of {TILE}" if k % TILE or n % TILE else None
+
+
+def quantize_weights(w: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, ...]:
+    """w [G, K, N] -> codes [G, K, N], codes [G, N, K], scales [G, K / 128, N / 128]."""
+    groups, k, n = w.shape
+
+    def body(w, codes, turned, scale):
+        block = w[0].astype(jnp.float32)
+        block_scale = _scale(jnp.max(jnp.abs(block)))
+        block_codes = _codes(block, block_scale)
+        codes[0] = block_codes
+        turned[0] = block_codes.T
+        scale[...] = jnp.full(scale.shape, block_scale)
+
+    straight = pl.BlockSpec((1, TILE, TILE), lambda g, i, j: (g, i, j))
+    across = pl.BlockSpec((1, TILE, TILE), lambda g, i, j: (g, j, i))
+    return _call(
+        body,
+        (groups, k // TILE, n // TILE),
+        (
+            jax.ShapeDtypeStruct((groups, k, n), E4M3),
+            jax.ShapeDtypeStruct((groups, n, k), E4M3),
+            jax.ShapeDtypeStruct((groups, k // TILE, n // TILE), jnp.float32),
+        ),
+        [straight],
+        (straight, across, pl.BlockSpec((1, 1, 1), lambda g, i, j: (g, i, j))),
+        warps=8,
+        name="quantize_weights",
+        interpret=interpret,
+    )(w)
+
+
+def refuses_tokens(channels: int) -> str | None:
+    """Why `transpose_quantize` cannot take rows of so many channels, or None."""
+    return f"{channels=} must be a multiple of {_CHANNELS}" if channels % _CHANNELS else None
+
+
+def transpose_quantize(
+    x: jax.Array, row: jax.Array, live: jax.Array, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """x [M, K] -> codes [K, 128 T] and scales [T, K]; tile t is rows `row[t]`.. of it.
+
+    Args:
+      row: int32 [T], where each tile of rows starts.
+      live: int32 [T], how many rows it has; codes of the others are zeros.
+    """
+    (_, channels), tiles = x.shape, row.shape[0]
+
+    def body(row, live, x, codes, scale):
+        first = pl.program_id(1) * _CHANNELS
+        tile = pl.program_id(0)
+        inside = lax.broadcasted_iota(jnp.int32, (TILE, _CHANNELS), 0)
+        rows = plgpu.load(
+            x.at[pl.ds(row[tile], TILE), pl.ds(first, _CHANNELS)],
+            mask=inside < live[tile],
+            other=0.0,
+        ).astype(jnp.float32)
+        channel_scale = _scale(jnp.max(jnp.abs(rows), axis=0))
+        codes[...] = _codes(rows, channel_scale[None, :]).T
+        scale[...] = channel_scale[None, :]
+
+    return _call(
+        body,
+        (tiles, channels // _CHANNELS),
+        (
+            jax.ShapeDtypeStruct((channels, tiles * TILE), E4M3),
+            jax.ShapeDtypeStruct((tiles, channels), jnp.float32),
+        ),
+        [_WHOLE, _WHOLE, _WHOLE],
+        (
+            pl.BlockSpec((_CHANNELS, TILE), lambda t, c: (c, t)),
+            pl.BlockSpec((1, _CHANNELS), lambda t, c: (t, c)),
+        ),
+        warps=4,
+        name="transpose_quantize",
+        interpret=interpret,
+    )(row, live, x)
