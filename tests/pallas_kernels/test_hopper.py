@@ -279,6 +279,6 @@ def test_none_picks_by_chip_and_dtype(kind, dtype, want, monkeypatch, caplog):
     monkeypatch.setattr(_choose, "_device", lambda: device)
     _choose._log_once.cache_clear()
     x, w = jnp.ones((8, 64), dtype), jnp.ones((1, 64, 64), dtype)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="pallas_kernels"):
         jax.eval_shape(lambda *operands: grouped_matmul(*operands), x, w, jnp.asarray([8]))
     assert f"using the {want} implementation" in caplog.text
