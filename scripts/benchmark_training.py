@@ -1,11 +1,11 @@
 """Training throughput beside transformers: same network, weights, batch, machine and run.
 
-    python scripts/benchmark_training.py configs/tiny.py [--rounds 5] [--json FILE]
+    python scripts/benchmark_training.py configs/tiny.py [--replicas 2] [--rounds 5] [--json FILE]
 
 Both sides take whole optimizer steps (forward, backward, clipping, AdamW) in float32 without MTP,
 which transformers cannot train; ours also updates the expert biases. The sides take turns, so
 that a drift of the machine meets both. Transformers runs once with each of its expert
-implementations.
+implementations. `--replicas N` shares our batch out over N devices, on a CPU over N of its cores.
 """
 
 import argparse
@@ -17,11 +17,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax import to_hf_state_dict
 from dsv3_jax.cli import load_config, run
-from dsv3_jax.config import TrainConfig
+from dsv3_jax.config import ParallelConfig, TrainConfig
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel.placement import batch_sharding, mesh_for, state_shardings
 from dsv3_jax.training.loop import keep_freed_memory
 from dsv3_jax.training.step import TrainState, init_state, make_train_step
 
@@ -30,11 +32,18 @@ _PEER_EXPERTS = ("eager", "grouped_mm")
 
 def _ours(config: TrainConfig, model: Transformer, state: TrainState, tokens: np.ndarray):
     """A function that takes one step and returns its loss."""
-    step = jax.jit(make_train_step(model, config), donate_argnums=0)
+    mesh, placed, batch = mesh_for(config.parallel), None, {"tokens": tokens[None]}
+    if mesh is not None:
+        shardings = state_shardings(mesh, state)
+        state = jax.device_put(state, shardings)
+        batch = jax.device_put(batch, batch_sharding(mesh, config.batch.microbatch_size))
+        placed = shardings, NamedSharding(mesh, PartitionSpec())
+        jax.set_mesh(mesh)
+    step = jax.jit(make_train_step(model, config), donate_argnums=0, out_shardings=placed)
     held = [state]
 
     def take() -> float:
-        held[0], metrics = step(held[0], {"tokens": tokens[None]})
+        held[0], metrics = step(held[0], batch)
         return float(metrics.loss)
 
     return take
@@ -91,16 +100,19 @@ def _stack_experts(weights: dict, config: TrainConfig) -> dict:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
+    parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
 
     keep_freed_memory()  # as training does; it serves both sides
+    jax.config.update("jax_num_cpu_devices", args.replicas)
     config = load_config(args.config)
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_nextn_predict_layers=0),
         runtime=dataclasses.replace(config.runtime, compute_dtype="float32"),
+        parallel=ParallelConfig(replica=args.replicas),
         loss=dataclasses.replace(config.loss, balance_weight=0.0),
     )
     model = Transformer(config.model, config.runtime)

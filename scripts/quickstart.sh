@@ -11,7 +11,13 @@ out=runs/quickstart
 if [[ -e $out ]]; then
     echo "continuing $out (delete it to start again)"
 fi
-.venv/bin/python scripts/train.py configs/tiny.py --out "$out" --resume "$@"
+# XLA computes products this small on one core: a second core gets a replica and half of each batch.
+replicas=()
+if (($(nproc) > 1)); then
+    export XLA_FLAGS="--xla_force_host_platform_device_count=2 ${XLA_FLAGS:-}"
+    replicas=(--parallel.replica 2)
+fi
+.venv/bin/python scripts/train.py configs/tiny.py --out "$out" --resume ${replicas[@]+"${replicas[@]}"} "$@"
 
 echo
 for result in loss.png expert_load.png sample.txt; do
