@@ -20,12 +20,26 @@ class RuntimeConfig:
     `unroll_layers`: writes the loop over layers out: faster steps (no copies of what the backward
     pass keeps) for a compilation that grows with the layers.
     `grouped_matmul`: implementation of `pallas_kernels.grouped_matmul`; null picks one.
+    `expert_buffer_factor`: rows that a device of the expert axis can receive at once, over an
+    equal share; never more than can arrive. `on_overflow`: where more come, "exact" lets the rest
+    travel in further rounds (slower, the same result), "stop" ends the run.
     """
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat_policy: Literal["none", "full", "dots", "attention"] = "full"
     unroll_layers: bool = False
     grouped_matmul: str | None = None
+    expert_buffer_factor: float = 2.0
+    on_overflow: Literal["exact", "stop"] = "exact"
+
+    def __post_init__(self) -> None:
+        factor = self.expert_buffer_factor
+        # Below 1 not even balanced rows would fit.
+        require(
+            1 <= factor < math.inf,
+            f"expert_buffer_factor={factor} must be at least 1",
+            "RuntimeConfig",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """DeepSeekMoE: group-limited sigmoid gate with bias, routed and shared experts (section 2.1.2)."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -22,12 +23,14 @@ class RoutingStats:
     topk_weight: their combine weights, float32 [B, T, K].
     load: tokens each expert received, int32 [E], counted over `valid` positions.
     balance_loss: sequence-wise balance loss without its weight alpha, float32 scalar.
+    received: what the exchange of tokens between devices reports.
     """
 
     topk_idx: jax.Array
     topk_weight: jax.Array
     load: jax.Array
     balance_loss: jax.Array
+    received: experts.Received
 
 
 def select_experts(
@@ -85,6 +88,7 @@ def _routing_stats(
         topk_weight=topk_weight,
         load=count_BE.sum(0),
         balance_loss=(fraction_BE * share_BE).sum(-1).mean(),
+        received=experts.nothing_received(),
     )
 
 
@@ -121,7 +125,8 @@ class Gate(nn.Module):
 
 
 class RoutedExperts(nn.Module):
-    """The routed SwiGLU experts, dropless: tokens [B, T, D], topk_* [B, T, K] -> float32 [B, T, D].
+    """The routed SwiGLU experts, dropless: tokens [B, T, D], topk_* [B, T, K] -> float32 [B, T, D]
+    and what the exchange of tokens between devices reports.
 
     Parameters: `gate_up_proj` [E, D, 2, F] (gate, then up) and `down_proj` [E, F, D]; either may
     be kept as FP8, see `scaled`.
@@ -131,7 +136,9 @@ class RoutedExperts(nn.Module):
     runtime: RuntimeConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, topk_idx: jax.Array, topk_weight: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, topk_idx: jax.Array, topk_weight: jax.Array
+    ) -> tuple[jax.Array, experts.Received]:
         config, dtype = self.config, self.runtime.compute_dtype
         n_experts, hidden, width = (
             config.n_routed_experts,
@@ -143,8 +150,9 @@ class RoutedExperts(nn.Module):
         gate_up = scaled(self, "gate_up_proj", gate_up, axes=(1, 3)).astype(dtype)
         down = self.param("down_proj", init, (n_experts, width, hidden))
         down = scaled(self, "down_proj", down, axes=(1, 2)).astype(dtype)
+        buffer = experts.Buffer(self.runtime.expert_buffer_factor, self.runtime.on_overflow)
         return experts.run_experts(
-            self._compute, x.astype(dtype), topk_idx, topk_weight, gate_up, down
+            self._compute, x.astype(dtype), topk_idx, topk_weight, gate_up, down, buffer=buffer
         )
 
     def _compute(
@@ -192,7 +200,9 @@ class MoE(nn.Module):
         self, x: jax.Array, valid: jax.Array | None = None
     ) -> tuple[jax.Array, RoutingStats]:
         stats = self.gate(x, valid)
-        out = self.experts(x, stats.topk_idx, stats.topk_weight).astype(x.dtype)
+        out, received = self.experts(x, stats.topk_idx, stats.topk_weight)
+        out = out.astype(x.dtype)
         if self.config.n_shared_experts > 0:
+            # They depend on nothing that travels: the compiler may compute them meanwhile.
             out = out + self.shared_experts(x)
-        return out, stats
+        return out, dataclasses.replace(stats, received=received)

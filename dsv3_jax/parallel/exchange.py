@@ -66,23 +66,48 @@ def _transposed_order(sizes: jax.Array, rows: int) -> jax.Array:
     return jnp.where(row < new_sizes.sum(), moved, row)
 
 
-def plan_transfer(group_sizes: jax.Array, axis: str, rows: int) -> Transfer:
+def _window(start: jax.Array, size: jax.Array, first: jax.Array, rows: int) -> tuple:
+    """The parts of runs of rows that lie within the `rows` rows from row `first`.
+
+    Returns (rows of each run before its part, the part's size, its start counted from `first`).
+    """
+    before = jnp.clip(first - start, 0, size)
+    kept = jnp.clip(first + rows - start, 0, size) - before
+    return before, kept, jnp.clip(start + before - first, 0, rows)
+
+
+def gather_sizes(group_sizes: jax.Array, axis: str) -> jax.Array:
+    """What every device of `axis` holds for each expert: int32 [E] -> [devices, E]."""
+    return jax.lax.all_gather(group_sizes, axis)
+
+
+def received_rows(sizes_SE: jax.Array) -> jax.Array:
+    """Rows that each device gets from all, int32 [devices]; device d has the d-th of experts."""
+    devices = sizes_SE.shape[0]
+    return sizes_SE.reshape(devices, devices, -1).sum((0, 2), dtype=jnp.int32)
+
+
+def plan_transfer(sizes_SE: jax.Array, axis: str, first: jax.Array | int, rows: int) -> Transfer:
     """Plans the exchange of rows that every device of `axis` holds sorted by expert.
 
     Args:
-      group_sizes: int32 [E], rows here of each expert; device d has the d-th share of experts.
+      sizes_SE: int32 [devices, E], from `gather_sizes`; device d has the d-th share of experts.
       axis: the mesh axis.
-      rows: rows of the receiving buffer, on every device alike.
+      first, rows: of everything that arrives at a device, in the order of senders, the `rows`
+        rows from row `first` travel now, into a buffer of `rows` rows.
     """
-    sizes_SE = jax.lax.all_gather(group_sizes, axis)
     devices, me = sizes_SE.shape[0], jax.lax.axis_index(axis)
-    local = group_sizes.shape[0] // devices
+    local = sizes_SE.shape[1] // devices
+    first = jnp.asarray(first, jnp.int32)
     sizes_SD = sizes_SE.reshape(devices, devices, local).sum(-1, dtype=jnp.int32)
-    leave_SD, arrive_SD = _starts(sizes_SD, 1), _starts(sizes_SD, 0)
-    here, to_me = (leave_SD[me], sizes_SD[me]), (arrive_SD[:, me], sizes_SD[:, me])
+    before_SD, kept_SD, put_SD = _window(_starts(sizes_SD, 0), sizes_SD, first, rows)
+    leave_SD = _starts(sizes_SD, 1) + before_SD
+    here, to_me = (leave_SD[me], kept_SD[me]), (put_SD[:, me], kept_SD[:, me])
     mine_SE = jax.lax.dynamic_slice_in_dim(sizes_SE, me * local, local, axis=1)
+    mine_start_SE = _starts(mine_SE.reshape(-1)).reshape(mine_SE.shape)
+    _, mine_SE, _ = _window(mine_start_SE, mine_SE, first, rows)
     return Transfer(
-        there=Route(*here, arrive_SD[me], *to_me),
+        there=Route(*here, put_SD[me], *to_me),
         back=Route(*to_me, leave_SD[:, me], *here),
         order=_transposed_order(mine_SE, rows),
         inverse=_transposed_order(mine_SE.T, rows),
@@ -134,7 +159,11 @@ def _send_dense(x: jax.Array, route: Route, *, rows: int, axis: str) -> jax.Arra
     slot = jnp.arange(x.shape[0], dtype=jnp.int32)
     index_DR = jnp.minimum(route.send_start[:, None] + slot, x.shape[0] - 1)
     slots_DRX = jax.lax.all_to_all(x[index_DR], axis, split_axis=0, concat_axis=0)
-    sender = _segment(route.receive_size, rows)
     row = jnp.arange(rows, dtype=jnp.int32)
-    received = slots_DRX[sender, jnp.minimum(row - route.receive_start[sender], x.shape[0] - 1)]
-    return jnp.where((row < route.receive_size.sum())[:, None], received, 0)
+    # Starts ascend: the sender of a row is the last one whose rows begin at or before it.
+    sender = jnp.searchsorted(route.receive_start, row, side="right").astype(jnp.int32) - 1
+    sender = jnp.maximum(sender, 0)
+    place = row - route.receive_start[sender]
+    received = slots_DRX[sender, jnp.clip(place, 0, x.shape[0] - 1)]
+    arrived = (place >= 0) & (place < route.receive_size[sender])
+    return jnp.where(arrived[:, None], received, 0)

@@ -4,18 +4,27 @@ On one device the choices are sorted by expert. On a mesh with an expert axis ev
 E / expert of the experts: it sorts its own choices, sends each run of rows to the device of its
 experts, and gets the results back. All of it is gathers and exchanges by permutations, and so are
 the gradients: a scatter-add would be slow and, on some devices, not deterministic.
+
+Rows arrive in a buffer of a set size. What does not fit travels in further rounds through the same
+buffer, in the forward pass and in the backward pass: the result is that of a larger buffer.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.parallel.exchange import exchange, plan_transfer
+from dsv3_jax.parallel.exchange import (
+    exchange,
+    gather_sizes,
+    plan_transfer,
+    received_rows,
+)
 from dsv3_jax.parallel.mesh import axis_sizes, mesh_axes
 
 # (rows [R, D] sorted by expert, their weights float32 [R], gate_up, down, group_sizes int32 [E])
@@ -103,6 +112,30 @@ def _permute_backward(residuals, dy):
 permute.defvjp(_permute_forward, _permute_backward)
 
 
+class Buffer(NamedTuple):
+    """The receive buffer of the exchange, see `RuntimeConfig`."""
+
+    factor: float
+    on_overflow: Literal["exact", "stop"]
+
+
+class Received(NamedTuple):
+    """What the exchange reports of one layer; zeros where no rows travel.
+
+    overflow: int32 [], 1 where a device of the mesh got more rows than its buffer holds.
+    need: float32 [], rows of the device that got most, over an equal share: the buffer factor
+      that would have sufficed.
+    """
+
+    overflow: jax.Array
+    need: jax.Array
+
+
+def nothing_received() -> Received:
+    """Where no rows travel."""
+    return Received(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+
+
 def run_experts(
     compute: Compute,
     x: jax.Array,
@@ -110,7 +143,9 @@ def run_experts(
     topk_weight: jax.Array,
     gate_up: jax.Array,
     down: jax.Array,
-) -> jax.Array:
+    *,
+    buffer: Buffer,
+) -> tuple[jax.Array, Received]:
     """Sends tokens to their experts, computes, and returns the weighted sums.
 
     Args:
@@ -120,16 +155,56 @@ def run_experts(
       x: tokens, [B, T, D].
       topk_idx, topk_weight: int32 and float32 [B, T, K].
       gate_up: [E, D, 2, F]. down: [E, F, D].
+      buffer: size of the receive buffer, and what to do with rows that it does not hold.
 
     Returns:
-      float32 [B, T, D].
+      float32 [B, T, D], all NaN on the devices of an exchange that overflowed under "stop"; and
+      what the exchange reports.
 
     Raises:
       ConfigError: the mesh's expert or tensor axis does not divide E or F.
     """
     sizes = axis_sizes()
     if max(sizes.values()) == 1:
-        return _on_one_device(compute, x, topk_idx, topk_weight, gate_up, down)
+        out = _on_one_device(compute, x, topk_idx, topk_weight, gate_up, down)
+        return out, nothing_received()
+    _require_divisible(sizes, gate_up)
+    batch, sequence = mesh_axes("batch", x.shape[0]), mesh_axes("sequence", x.shape[1])
+    tokens = PartitionSpec(batch or None, sequence or None)
+    share = topk_idx.size // math.prod(sizes[axis] for axis in (*batch, *sequence))
+    local_experts = gate_up.shape[0] // sizes["expert"]
+    counts = (share, topk_idx.shape[-1], local_experts, sizes["expert"])
+    rows, everything = (buffer_rows(factor, *counts) for factor in (buffer.factor, math.inf))
+    in_rounds = buffer.on_overflow == "exact" and rows < everything
+    if sizes["expert"] == 1:
+        body = _on_one_device
+    elif "expert" in batch:
+        body = functools.partial(_by_exchange, rows=rows, in_rounds=in_rounds)
+    else:
+        body = _by_selection
+
+    def on_each_device(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = body(compute, *arrays)
+        out, most = out if isinstance(out, tuple) else (out, jnp.zeros((), jnp.int32))
+        if sizes["tensor"] > 1:
+            out = jax.lax.psum(out, "tensor")
+        return out, most[None, None]
+
+    out, most = jax.shard_map(
+        on_each_device,
+        in_specs=(
+            *(tokens,) * 3,
+            PartitionSpec("expert", None, None, "tensor"),
+            PartitionSpec("expert", "tensor"),
+        ),
+        out_specs=(tokens, tokens),
+        check_vma=False,
+    )(x, topk_idx, topk_weight, gate_up, down)
+    most = most.max()
+    return out, Received((most > rows).astype(jnp.int32), most.astype(jnp.float32) / share)
+
+
+def _require_divisible(sizes: Mapping[str, int], gate_up: jax.Array) -> None:
     for axis, dimension, name in (
         ("expert", 0, "n_routed_experts"),
         ("tensor", 3, "moe_intermediate_size"),
@@ -138,29 +213,6 @@ def run_experts(
             raise ConfigError(
                 f"parallel.{axis}={sizes[axis]} must divide {name}={gate_up.shape[dimension]}"
             )
-    batch, sequence = mesh_axes("batch", x.shape[0]), mesh_axes("sequence", x.shape[1])
-    tokens = PartitionSpec(batch or None, sequence or None)
-    if sizes["expert"] == 1:
-        body = _on_one_device
-    elif "expert" in batch:
-        body = _by_exchange
-    else:
-        body = _by_selection
-
-    def on_each_device(*arrays: jax.Array) -> jax.Array:
-        out = body(compute, *arrays)
-        return jax.lax.psum(out, "tensor") if sizes["tensor"] > 1 else out
-
-    return jax.shard_map(
-        on_each_device,
-        in_specs=(
-            *(tokens,) * 3,
-            PartitionSpec("expert", None, None, "tensor"),
-            PartitionSpec("expert", "tensor"),
-        ),
-        out_specs=tokens,
-        check_vma=False,
-    )(x, topk_idx, topk_weight, gate_up, down)
 
 
 def _on_one_device(compute, x, topk_idx, topk_weight, gate_up, down):
@@ -182,30 +234,111 @@ def _by_selection(compute, x, topk_idx, topk_weight, gate_up, down):
 
 
 def _compute_here(compute, x_MD, weight_MK, gate_up, down, plan: Dispatch) -> jax.Array:
-    row_weight = permute(weight_MK.reshape(-1), plan.order, plan.inverse)
-    out = compute(dispatch(x_MD, plan), row_weight, gate_up, down, plan.group_sizes)
-    return combine(out, plan, x_MD.shape[0])
+    rows = _sorted_rows(plan, x_MD, weight_MK)
+    return combine(compute(*rows, gate_up, down, plan.group_sizes), plan, x_MD.shape[0])
 
 
-def _by_exchange(compute, x, topk_idx, topk_weight, gate_up, down):
-    """Rows travel to the device of their expert and back."""
+def _sorted_rows(plan: Dispatch, x_MD, weight_MK) -> tuple[jax.Array, jax.Array]:
+    """Rows [M·K, D] and their weights [M·K] in the order of the experts."""
+    return dispatch(x_MD, plan), permute(weight_MK.reshape(-1), plan.order, plan.inverse)
+
+
+def buffer_rows(factor: float, share: int, choices: int, local_experts: int, devices: int) -> int:
+    """Rows of the receive buffer: `factor` times an equal share, at most what can ever arrive.
+
+    A token's choices differ, so it sends a device one row for each expert there at most.
+
+    Args:
+      share: rows that a device sends, its tokens times `choices`: what each receives in balance.
+      local_experts: experts on a device. devices: of the expert axis.
+    """
+    everything = devices * (share // choices) * min(choices, local_experts)
+    return math.ceil(min(factor * share, everything))
+
+
+class _Sizes(NamedTuple):
+    """What every device of the axis knows before rows travel: its own sorting, all sizes
+    int32 [devices, E], and the rounds that the fullest device needs, int32 []."""
+
+    plan: Dispatch
+    sizes_SE: jax.Array
+    rounds: jax.Array
+
+
+def _by_exchange(compute, x, topk_idx, topk_weight, gate_up, down, *, rows, in_rounds):
+    """Rows travel to the device of their expert and back; with the most that any one receives."""
     x_MD, idx_MK, weight_MK = _flatten(x, topk_idx, topk_weight)
-    devices, sent = axis_sizes()["expert"], idx_MK.size
-    plan = plan_dispatch(idx_MK, gate_up.shape[0] * devices)
-    buffer = sent * devices  # holds every row of every device: none can be too many
-    transfer = plan_transfer(plan.group_sizes, "expert", buffer)
+    plan = plan_dispatch(idx_MK, gate_up.shape[0] * axis_sizes()["expert"])
+    sizes_SE = gather_sizes(plan.group_sizes, "expert")
+    # All devices of the axis compute this from the same numbers: they agree on what follows.
+    most = received_rows(sizes_SE).max()
+    sizes = _Sizes(plan, sizes_SE, (most + rows - 1) // rows)
+    if in_rounds:
+        out = _in_rounds(compute, rows, sizes, x_MD, weight_MK, gate_up, down)
+    else:
+        sent = _sorted_rows(plan, x_MD, weight_MK)
+        out = _one_round(compute, rows, sizes, 0, *sent, gate_up, down)
+        # Where rows are missing: no number made without them may pass for a result.
+        out = jnp.where(most > rows, jnp.nan, combine(out, plan, x_MD.shape[0]))
+    return out.reshape(x.shape), most
+
+
+def _one_round(compute, buffer, sizes: _Sizes, number, rows, row_weight, gate_up, down):
+    """Results [M·K, D] of the rows that travel in round `number`; zeros for the others."""
+    transfer = plan_transfer(sizes.sizes_SE, "expert", number * buffer, buffer)
     there, back = transfer.there, transfer.back
 
     def to_experts(rows: jax.Array) -> jax.Array:
         rows = exchange(rows, there, back, buffer, "expert")
         return permute(rows, transfer.order, transfer.inverse)
 
-    weight_rows = permute(weight_MK.reshape(-1, 1), plan.order, plan.inverse)
-    rows, row_weight = to_experts(dispatch(x_MD, plan)), to_experts(weight_rows)[:, 0]
-    out = compute(rows, row_weight, gate_up, down, transfer.group_sizes)
+    received, weight = to_experts(rows), to_experts(row_weight[:, None])[:, 0]
+    out = compute(received, weight, gate_up, down, transfer.group_sizes)
     out = permute(out, transfer.inverse, transfer.order)
-    out = exchange(out, back, there, sent, "expert")
-    return combine(out, plan, x_MD.shape[0]).reshape(x.shape)
+    return exchange(out, back, there, rows.shape[0], "expert")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_rounds(compute, buffer, sizes: _Sizes, x_MD, weight_MK, gate_up, down):
+    """As many rounds as it takes, nearly always one; float32 [M, D].
+
+    The backward pass computes each round again, so that memory does not grow with their number. A
+    layer that is rematerialised anyway does not compute its experts once more for that.
+    """
+    run = functools.partial(_one_round, compute, buffer, sizes)
+
+    def again(number, out):
+        # Rows are sorted again rather than kept for a round that hardly ever comes.
+        return out + run(number, *_sorted_rows(sizes.plan, x_MD, weight_MK), gate_up, down)
+
+    # Outside the loop, so that its exchange may overlap with other work.
+    first = run(0, *_sorted_rows(sizes.plan, x_MD, weight_MK), gate_up, down)
+    out = jax.lax.fori_loop(1, sizes.rounds, again, first)
+    return combine(out, sizes.plan, x_MD.shape[0])
+
+
+def _in_rounds_forward(compute, buffer, *arguments):
+    return _in_rounds(compute, buffer, *arguments), arguments
+
+
+def _in_rounds_backward(compute, buffer, residuals, dout_MD):
+    sizes, x_MD, weight_MK, gate_up, down = residuals
+    plan = sizes.plan
+
+    def again(number, gradients):
+        run = functools.partial(_one_round, compute, buffer, sizes, number)
+        _, vjp = jax.vjp(run, *_sorted_rows(plan, x_MD, weight_MK), gate_up, down)
+        dout = dispatch(dout_MD.astype(x_MD.dtype), plan)
+        return jax.tree.map(jnp.add, gradients, vjp(dout))
+
+    shapes = jax.eval_shape(functools.partial(_sorted_rows, plan), x_MD, weight_MK)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (*shapes, gate_up, down))
+    drows, dweight, *dweights = jax.lax.fori_loop(0, sizes.rounds, again, zeros)
+    dx_MD = combine(drows, plan, x_MD.shape[0]).astype(x_MD.dtype)
+    return None, dx_MD, dweight[plan.inverse].reshape(weight_MK.shape), *dweights
+
+
+_in_rounds.defvjp(_in_rounds_forward, _in_rounds_backward)
 
 
 def _flatten(*arrays: jax.Array) -> tuple[jax.Array, ...]:

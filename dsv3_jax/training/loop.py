@@ -27,7 +27,7 @@ from dsv3_jax.evaluation.report import write_report
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.placement import batch_sharding, mesh_for, state_shardings
 from dsv3_jax.training.flops import peak_flops, train_flops_per_token
-from dsv3_jax.training.metrics import MetricsWriter, ProgressBar
+from dsv3_jax.training.metrics import METRIC_KEYS, MetricsWriter, ProgressBar
 from dsv3_jax.training.optimizer import batch_size
 from dsv3_jax.training.step import StepMetrics, TrainState, init_state, make_train_step
 
@@ -196,6 +196,7 @@ class _Run:
         device = jax.devices()[0]
         peak = peak_flops(device.device_kind)
         self._peak = None if peak is None else peak * (1 if mesh is None else mesh.size)
+        self._told_of_overflow = False
         has_mtp = config.model.num_nextn_predict_layers > 0
         self._flops = train_flops_per_token(config.model, config.data.sequence_length, mtp=has_mtp)
 
@@ -233,7 +234,7 @@ class _Run:
         scalar: dict[str, float | None] = {
             field.name: float(getattr(values, field.name))
             for field in dataclasses.fields(values)
-            if field.name not in ("load", "skipped", "skipped_in_row")
+            if field.name in METRIC_KEYS
         }
         if self.config.model.num_nextn_predict_layers == 0:
             scalar["mtp_loss"] = None
@@ -241,8 +242,11 @@ class _Run:
         mean = np.maximum(values.load.mean(-1), 1e-9)
         vio = values.load.max(-1, initial=0) / mean - 1
         extra = {f"max_vio/layer_{layer}": float(v) for layer, v in enumerate(vio)}
+        for name in ("buffer_overflows", "buffer_need"):
+            extra[f"train/{name}"] = float(getattr(values, name))
         writer.write(row, {**extra, "train/skipped_steps": float(self.state.skipped)})
         bar.update(self.step, loss=float(values.loss), tokens_per_s=rate, mfu=mfu)
+        self._check_buffer(values, bar)
         if values.skipped:
             bar.print(f"step {self.step}: loss or gradient not finite, step skipped")
         limit = self.config.optimizer.max_skipped_in_a_row
@@ -251,6 +255,22 @@ class _Run:
                 f"loss or gradient not finite in {limit} steps in a row, the last at step "
                 f"{self.step} (optimizer.max_skipped_in_a_row={limit})"
             )
+
+    def _check_buffer(self, values: StepMetrics, bar: ProgressBar) -> None:
+        """Tells of rows that found no room in a receive buffer: once, for the metrics go on."""
+        runtime, overflows = self.config.runtime, int(values.buffer_overflows)
+        if not overflows:
+            return
+        told = (
+            f"step {self.step}: a device's buffer overflowed in {overflows} MoE layers "
+            f"(buffer_need {values.buffer_need:.2f}, runtime.expert_buffer_factor="
+            f"{runtime.expert_buffer_factor}"
+        )
+        if runtime.on_overflow == "stop":
+            raise TrainingError(f"{told}, runtime.on_overflow='stop'): the step changed nothing")
+        if not self._told_of_overflow:
+            bar.print(f"{told}): such steps are slower, their result is the same")
+        self._told_of_overflow = True
 
     def to(self, last: int, writer: MetricsWriter) -> bool:
         """Trains until step `last`; False when a signal asked to stop before it."""

@@ -37,12 +37,15 @@ class TrainState:
 
 @flax.struct.dataclass
 class StepMetrics:
-    """What one step reports: float32 scalars, but for the int32 `load` and counts of skipped steps.
+    """What one step reports: float32 scalars, but for the int32 `load` and counts.
 
     loss: main + mtp_weight · mtp_loss + balance_weight · balance_loss. load: tokens per expert,
     int32 [L, E], the MTP modules' layers last. max_vio: over all layers, the largest ratio of a
     layer's highest load to its mean, minus one (arXiv 2408.15664). skipped: 1 if the step changed
     nothing because its loss or gradient was not finite; skipped_in_row: how many such end here.
+    buffer_overflows: MoE layers, over all microbatches, in which a device received more rows than
+    `runtime.expert_buffer_factor` gives room for; buffer_need: the factor that would have sufficed
+    in the layer that needs most, mean over microbatches (0 without an expert axis).
     """
 
     loss: jax.Array
@@ -55,6 +58,8 @@ class StepMetrics:
     max_vio: jax.Array
     skipped: jax.Array
     skipped_in_row: jax.Array
+    buffer_overflows: jax.Array
+    buffer_need: jax.Array
 
 
 def init_state(model: Transformer, config: TrainConfig) -> TrainState:
@@ -103,6 +108,15 @@ def _all_loads(routing: Routing) -> jax.Array:
     loads = [] if routing.moe_layers is None else [routing.moe_layers.load]
     loads += [stats.load[None] for stats in routing.mtp]
     return jnp.concatenate(loads) if loads else jnp.zeros((0, 0), jnp.int32)
+
+
+def _buffer_use(routing: Routing) -> tuple[jax.Array, jax.Array]:
+    """(overflows of all MoE layers, int32; the buffer factor that the worst needs, float32)."""
+    received = [stats.received for stats in (routing.moe_layers, *routing.mtp) if stats]
+    overflows = [layers.overflow.reshape(-1) for layers in received]
+    need = [layers.need.reshape(-1) for layers in received]
+    zero = [jnp.zeros(1, jnp.int32)]
+    return jnp.concatenate(zero + overflows).sum(), jnp.concatenate(zero + need).max()
 
 
 def _max_vio(load: jax.Array) -> jax.Array:
@@ -185,6 +199,7 @@ def make_train_step(
             skipped_in_row=(state.skipped_in_row + 1) * skipped,
         )
         load = _all_loads(terms.routing)
+        buffer_overflows, buffer_need = _buffer_use(terms.routing)
         return new_state, StepMetrics(
             loss=loss,
             main_loss=terms.main,
@@ -196,6 +211,8 @@ def make_train_step(
             max_vio=_max_vio(load),
             skipped=skipped,
             skipped_in_row=new_state.skipped_in_row,
+            buffer_overflows=buffer_overflows,
+            buffer_need=buffer_need,
         )
 
     return train_step

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.parallel.experts import run_experts
+from dsv3_jax.parallel.experts import Buffer, buffer_rows, run_experts
 from dsv3_jax.parallel.mesh import AXES, activation_spec, constrain, make_mesh, per_token
 from pallas_kernels import reference
 
 B, T, D, E, F, K = 8, 6, 10, 16, 12, 3
+TWICE = Buffer(2.0, "exact")
 
 
 def sizes(**given: int) -> types.SimpleNamespace:
@@ -44,13 +45,38 @@ def case(routing: str, batch: int) -> tuple:
     return floats[0], idx[:batch].astype(np.int32), *floats[1:]
 
 
-def outputs_and_gradients(x, idx, weight, gate_up, down):
-    def loss(x, weight, gate_up, down):
-        out = run_experts(compute, x, idx, weight, gate_up, down)
-        return (out * jnp.cos(jnp.arange(D))).sum(), out
+def outputs_and_gradients(x, idx, weight, gate_up, down, buffer=TWICE):
+    """(out, dx, dweight, dgate_up, ddown) and what the exchange reports."""
 
-    grads, out = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(x, weight, gate_up, down)
-    return out, *grads
+    def loss(x, weight, gate_up, down):
+        out, received = run_experts(compute, x, idx, weight, gate_up, down, buffer=buffer)
+        return (out * jnp.cos(jnp.arange(D))).sum(), (out, received)
+
+    grad = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+    grads, (out, received) = grad(x, weight, gate_up, down)
+    return (out, *grads), received
+
+
+@functools.cache
+def program(buffer):
+    """One for all meshes and routings: jit compiles it once a mesh and shape."""
+    return jax.jit(functools.partial(outputs_and_gradients, buffer=buffer))
+
+
+def on_mesh(mesh, arguments, buffer=TWICE):
+    with jax.set_mesh(make_mesh(sizes(**mesh))):
+        return program(buffer)(*arguments)
+
+
+@functools.cache
+def on_one_device(routing, batch=B):
+    return jax.jit(outputs_and_gradients)(*case(routing, batch))[0]
+
+
+def check_equal(one, many):
+    for name, a, b in zip(("out", "x", "weight", "gate_up", "down"), one, many, strict=True):
+        # Sums over experts, devices and tokens run in another order: rounding, no more.
+        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a), name
 
 
 def by_loop(x, idx, weight, gate_up, down):
@@ -76,9 +102,8 @@ MESHES = [
 
 @pytest.mark.parametrize("routing", ["spread", "skewed"])
 def test_one_device_equals_a_plain_loop(routing):
-    arguments = case(routing, B)
-    out = jax.jit(outputs_and_gradients)(*arguments)[0]
-    assert np.linalg.norm(out - by_loop(*arguments)) <= 1e-6 * np.linalg.norm(out)
+    out = on_one_device(routing)[0]
+    assert np.linalg.norm(out - by_loop(*case(routing, B))) <= 1e-6 * np.linalg.norm(out)
 
 
 # batch 3 divides no axis: every device of the expert axis then has all tokens.
@@ -88,21 +113,58 @@ def test_one_device_equals_a_plain_loop(routing):
     "mesh", MESHES, ids=lambda mesh: "-".join(f"{a}{n}" for a, n in mesh.items())
 )
 def test_any_mesh_equals_one_device(mesh, routing, batch):
-    arguments = case(routing, batch)
-    one = jax.jit(outputs_and_gradients)(*arguments)
-    with jax.set_mesh(make_mesh(sizes(**mesh))):
-        many = jax.jit(outputs_and_gradients)(*arguments)
-    for name, a, b in zip(("out", "x", "weight", "gate_up", "down"), one, many, strict=True):
-        # Sums over experts, devices and tokens run in another order: rounding, no more.
-        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a), name
+    many, _ = on_mesh(mesh, case(routing, batch))
+    check_equal(on_one_device(routing, batch), many)
 
 
 def test_a_device_receives_nothing():
     """`skewed` leaves the last devices without a row: their weights get zero gradients."""
-    with jax.set_mesh(make_mesh(sizes(expert=8))):
-        *_, gate_up, down = jax.jit(outputs_and_gradients)(*case("skewed", B))
+    (*_, gate_up, down), _ = on_mesh({"expert": 8}, case("skewed", B))
     assert not np.any(gate_up[E // 2 :]) and not np.any(down[E // 2 :])
     assert np.any(gate_up[5]) and np.any(down[5])
+
+
+def received_of_an_equal_share(idx, devices):
+    """Rows of the fullest device over an equal share, counted on the host."""
+    rows = np.bincount(idx.reshape(-1) // (E // devices), minlength=devices)
+    return rows.max() / (idx.size / devices)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.3, 100.0])
+def test_rows_that_do_not_fit_travel_in_further_rounds(factor):
+    """`skewed` gives one of eight devices 3.67 equal shares of the rows."""
+    arguments = case("skewed", B)
+    many, received = on_mesh({"expert": 8}, arguments, Buffer(factor, "exact"))
+    check_equal(on_one_device("skewed"), many)
+    need = received_of_an_equal_share(arguments[1], 8)
+    assert 2 < need and received.need == pytest.approx(need, rel=1e-6)
+    assert received.overflow == (factor < need)
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"fsdp": 2, "expert": 4}, {"expert": 2, "tensor": 2, "context": 2}]
+)
+def test_overflow_beside_other_axes(mesh):
+    """Devices of one exchange agree on its rounds; others may need more or fewer."""
+    many, received = on_mesh(mesh, case("skewed", B), Buffer(1.0, "exact"))
+    check_equal(on_one_device("skewed"), many)
+    assert received.overflow == 1
+
+
+def test_overflow_under_stop_is_never_a_number():
+    arguments = case("skewed", B)
+    (out, *_), received = on_mesh({"expert": 8}, arguments, Buffer(1.5, "stop"))
+    assert received.overflow == 1 and np.isnan(out).all()
+    many, received = on_mesh({"expert": 8}, arguments, Buffer(4.0, "stop"))
+    assert received.overflow == 0
+    check_equal(on_one_device("skewed"), many)
+
+
+def test_the_buffer_never_exceeds_what_can_arrive():
+    # 64 devices of 4 experts; 4,096 tokens of 8 choices each: at most 4 of them go to one device.
+    assert buffer_rows(2.0, 4096 * 8, 8, 4, 64) == 2 * 4096 * 8
+    assert buffer_rows(1e9, 4096 * 8, 8, 4, 64) == 64 * 4096 * 4
+    assert buffer_rows(1.0001, 7 * 3, 3, 100, 2) == 22
 
 
 @pytest.mark.parametrize(

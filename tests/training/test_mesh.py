@@ -21,6 +21,7 @@ from dsv3_jax.config import (
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.placement import batch_sharding, mesh_for, state_shardings
+from dsv3_jax.training.loop import TrainingError, train
 from dsv3_jax.training.step import init_state, make_train_step
 
 # Accumulation, remat, MTP, groups, two shared experts; every axis below divides something.
@@ -94,6 +95,8 @@ def check(parallel: ParallelConfig) -> None:
         for name in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm"):
             assert np.isclose(getattr(a, name), getattr(b, name), rtol=1e-5, atol=0), name
         assert np.array_equal(a.load, b.load)
+        # All tokens to one expert: its device gets more rows than the default buffer holds.
+        assert (b.buffer_overflows > 0) == (b.buffer_need > 2) == (parallel.expert != 1)
     # AdamW's first moment after one step is 0.1 x the clipped gradient, in bfloat16.
     moments = [jax.tree.leaves(state.opt_state) for _, state in (one[0], many[0])]
     for a, b in zip(*moments, strict=True):
@@ -129,6 +132,18 @@ def test_each_device_holds_its_share():
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         if leaf.ndim > 2:
             assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+
+
+def test_an_overflow_ends_the_run_where_asked(config, tmp_path):
+    config = dataclasses.replace(
+        config,
+        parallel=ParallelConfig(expert=8),
+        batch=BatchConfig(size=8, microbatch_size=8),
+        runtime=dataclasses.replace(config.runtime, expert_buffer_factor=1.0, on_overflow="stop"),
+    )
+    told = r"step 1: a device's buffer overflowed in \d MoE layers .*=1\.0, .*changed nothing"
+    with pytest.raises(TrainingError, match=told):
+        train(config, tmp_path / "run")
 
 
 def test_a_microbatch_that_cannot_be_shared_out():
