@@ -13,6 +13,7 @@ from dsv3_jax.model.moe import RoutingStats
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.rope import rotations
 from dsv3_jax.parallel.mesh import constrain
+from dsv3_jax.parallel.vocabulary import lookup
 
 
 @flax.struct.dataclass
@@ -61,7 +62,7 @@ class Embedding(nn.Module):
         shape = (self.config.vocab_size, self.config.hidden_size)
         init = nn.initializers.normal(self.config.initializer_range)
         embedding = self.param("embedding", init, shape)
-        return embedding[input_ids].astype(self.runtime.compute_dtype)
+        return lookup(embedding, input_ids, self.runtime.compute_dtype)
 
 
 class Transformer(nn.Module):

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.model.transformer import Routing, Transformer
+from dsv3_jax.parallel.vocabulary import run_head
 
-_CHUNK_TOKENS = 1024  # tokens whose float32 logits exist at once
+_CHUNK_TOKENS = 1024  # tokens of a device whose float32 logits exist at once
 
 
 @flax.struct.dataclass
@@ -32,13 +33,21 @@ def _chunks(a: jax.Array, count: int) -> jax.Array:
     return jnp.moveaxis(a, 1, 0)
 
 
-def _one_chunk(hidden, kernel, targets, weights):
-    """Weighted nats of a chunk, and the gradient of their sum by the logits."""
+def _scores(columns, hidden, kernel, targets):
+    """Logits of the columns here, log of the sum of exp of all, and where the target is."""
     logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
-    log_probs = jax.nn.log_softmax(logits)
-    nats = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-    hit = targets[..., None] == jnp.arange(kernel.shape[1])
-    return (nats * weights).sum(), (jnp.exp(log_probs) - hit) * weights[..., None]
+    top = columns.max(logits.max(-1))
+    log_norm = top + jnp.log(columns.sum(jnp.exp(logits - top[..., None]).sum(-1)))
+    hit = (targets - columns.first)[..., None] == jnp.arange(kernel.shape[1])
+    nats = log_norm - columns.sum(jnp.where(hit, logits, 0).sum(-1))
+    return logits, log_norm, hit, nats
+
+
+def _one_chunk(columns, kernel, hidden, targets, weights):
+    """Weighted nats of a chunk, and the gradient of their sum by the logits."""
+    logits, log_norm, hit, nats = _scores(columns, hidden, kernel, targets)
+    dlogits = (jnp.exp(logits - log_norm[..., None]) - hit) * weights[..., None]
+    return (nats * weights).sum(), dlogits
 
 
 def _chunked(*arrays):
@@ -71,27 +80,37 @@ def cross_entropy(
       float32 scalar.
     """
 
-    def add(total, chunk):
-        hidden, targets, weights = chunk
-        return total + _one_chunk(hidden, kernel, targets, weights)[0], None
+    def total(columns, kernel, *tokens):
+        def add(total, chunk):
+            return total + _one_chunk(columns, kernel, *chunk)[0], None
 
-    total, _ = jax.lax.scan(add, jnp.float32(0), _chunked(hidden, targets, weights))
-    return total
+        return (jax.lax.scan(add, jnp.float32(0), _chunked(*tokens))[0],)
+
+    return run_head(total, ("sum",), kernel, hidden, targets, weights)[0]
 
 
-def _cross_entropy_forward(hidden, kernel, targets, weights):
+def _total_and_gradients(columns, kernel, hidden, targets, weights):
+    """Of a device's own tokens: weighted nats, gradient by `hidden`, float32 by `kernel`."""
+
     def add(carry, chunk):
         total, dkernel = carry
-        hidden, targets, weights = chunk
-        nats, dlogits = _one_chunk(hidden, kernel, targets, weights)
+        hidden = chunk[0]
+        nats, dlogits = _one_chunk(columns, kernel, *chunk)
         dlogits = dlogits.astype(kernel.dtype)
-        dhidden = jnp.einsum("BTV,DV->BTD", dlogits, kernel)
+        dhidden = columns.sum(jnp.einsum("BTV,DV->BTD", dlogits, kernel))
         dkernel += jnp.einsum("BTD,BTV->DV", hidden, dlogits, preferred_element_type=jnp.float32)
         return (total + nats, dkernel), dhidden
 
     start = (jnp.float32(0), jnp.zeros(kernel.shape, jnp.float32))
     (total, dkernel), dhidden = jax.lax.scan(add, start, _chunked(hidden, targets, weights))
-    dhidden = _joined(dhidden, hidden.shape[1])
+    return total, _joined(dhidden, hidden.shape[1]), dkernel
+
+
+def _cross_entropy_forward(hidden, kernel, targets, weights):
+    outputs = ("sum", "tokens", "kernel")
+    total, dhidden, dkernel = run_head(
+        _total_and_gradients, outputs, kernel, hidden, targets, weights
+    )
     return total, (dhidden, dkernel.astype(kernel.dtype))
 
 
@@ -111,15 +130,19 @@ def token_scores(
     Arguments as for `cross_entropy`; logits exist a chunk at a time.
     """
 
-    def score(chunk):
-        hidden, targets = chunk
-        logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
-        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        nats = jax.nn.logsumexp(logits, axis=-1) - target
-        return nats, logits.argmax(-1).astype(jnp.int32)
+    def score(columns, kernel, *tokens):
+        def one_chunk(chunk):
+            logits, _, _, nats = _scores(columns, chunk[0], kernel, chunk[1])
+            best, here = columns.max(logits.max(-1)), logits.max(-1)
+            first = columns.first + logits.argmax(-1).astype(jnp.int32)
+            # Of equal logits the first column counts, wherever it lies.
+            return nats, columns.min(jnp.where(here == best, first, jnp.iinfo(jnp.int32).max))
 
-    nats, best = jax.lax.map(score, _chunked(hidden, targets))
-    return _joined(nats, targets.shape[1]), _joined(best, targets.shape[1])
+        length = tokens[0].shape[1]
+        return tuple(_joined(a, length) for a in jax.lax.map(one_chunk, _chunked(*tokens)))
+
+    nats, best = run_head(score, ("tokens", "tokens"), kernel, hidden, targets)
+    return nats, best
 
 
 def _shifted_weights(depth: int, shape: tuple[int, ...]) -> jax.Array:
