@@ -15,6 +15,7 @@ from dsv3_jax.config import ModelConfig, RuntimeConfig
 from dsv3_jax.model.cache import LayerCache
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import rotate, softmax_scale
+from dsv3_jax.parallel.context import attend_over_context, shares_sequences
 from dsv3_jax.parallel.mesh import constrain
 from pallas_kernels import causal_attention
 
@@ -107,8 +108,12 @@ class MLA(nn.Module):
 
     def _expanded(self, q_nope_BTNP, q_pe_BTNR, kv_BTC, k_pe_BTR):
         config = self.config
+        if shares_sequences(kv_BTC.shape[1]):
+            q = jnp.concatenate([q_nope_BTNP, q_pe_BTNR], axis=-1)
+            kernel_CNX = self._expanding_kernel()
+            scale = softmax_scale(config)
+            return attend_over_context(q, kv_BTC, k_pe_BTR, kernel_CNX, scale=scale)
         kv = self.kv_b_proj(kv_BTC).reshape(*q_nope_BTNP.shape[:3], -1)
-        # Every query sees keys of the whole sequence.
         kv = constrain(kv, "batch", None, "heads", None)
         k_nope_BTNP, v_BTNH = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
         k_pe_BTNR = jnp.broadcast_to(k_pe_BTR[:, :, None], q_pe_BTNR.shape)
@@ -119,11 +124,17 @@ class MLA(nn.Module):
             scale=softmax_scale(config),
         )
 
-    def _absorbed(self, q_nope_BTNP, q_pe_BTNR, cache, cache_length):
+    def _expanding_kernel(self):
+        """`kv_b_proj` as [C, N, P + H] in the compute dtype."""
         config = self.config
         kernel = self.kv_b_proj.kernel.astype(self.runtime.compute_dtype)
-        kernel = kernel.reshape(config.kv_lora_rank, config.num_attention_heads, -1)
-        kv_b_k_CNP, kv_b_v_CNH = jnp.split(kernel, [config.qk_nope_head_dim], axis=-1)
+        return kernel.reshape(config.kv_lora_rank, config.num_attention_heads, -1)
+
+    def _absorbed(self, q_nope_BTNP, q_pe_BTNR, cache, cache_length):
+        config = self.config
+        kv_b_k_CNP, kv_b_v_CNH = jnp.split(
+            self._expanding_kernel(), [config.qk_nope_head_dim], axis=-1
+        )
         q_BTNC = jnp.einsum("BTNP,CNP->BTNC", q_nope_BTNP, kv_b_k_CNP)
         kv_BSC, k_pe_BSR = (a.astype(q_BTNC.dtype) for a in (cache.kv, cache.k_pe))
         scores_BNTS = jnp.einsum(
