@@ -73,7 +73,7 @@ def layer_stack(
     """`length` layers as one scanned module: parameters, statistics and caches gain an axis L."""
     scanned = nn.scan(
         remat_layer(runtime, scanned=True),
-        variable_axes={"params": 0, "router_state": 0, "scales": 0},
+        variable_axes={"params": 0, "router_state": 0, "scales": 0, "placement": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
         length=length,

@@ -12,6 +12,7 @@ from dsv3_jax.config import ModelConfig, RuntimeConfig
 from dsv3_jax.model.layers import SwiGLU, scaled
 from dsv3_jax.parallel import experts
 from dsv3_jax.parallel.mesh import per_token
+from dsv3_jax.parallel.redundancy import choose_copies
 from pallas_kernels import grouped_matmul
 
 
@@ -129,7 +130,7 @@ class RoutedExperts(nn.Module):
     and what the exchange of tokens between devices reports.
 
     Parameters: `gate_up_proj` [E, D, 2, F] (gate, then up) and `down_proj` [E, F, D]; either may
-    be kept as FP8, see `scaled`.
+    be kept as FP8, see `scaled`. With variables from `with_redundant_experts` E counts copies.
     """
 
     config: ModelConfig
@@ -145,6 +146,12 @@ class RoutedExperts(nn.Module):
             config.hidden_size,
             config.moe_intermediate_size,
         )
+        if self.has_variable("placement", "expert"):
+            copies, slots, placed = (
+                self.get_variable("placement", name) for name in ("copies", "slots", "expert")
+            )
+            n_experts = placed.shape[0]
+            topk_idx = choose_copies(topk_idx, copies, slots)
         init = nn.initializers.normal(config.initializer_range)
         gate_up = self.param("gate_up_proj", init, (n_experts, hidden, 2, width))
         gate_up = scaled(self, "gate_up_proj", gate_up, axes=(1, 3)).astype(dtype)

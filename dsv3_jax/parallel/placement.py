@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.config import ConfigError, ParallelConfig
+from dsv3_jax.config import ConfigError, ParallelConfig, TrainConfig
 from dsv3_jax.parallel.mesh import ACTIVATION_AXES, make_mesh
 from dsv3_jax.parallel.rules import parameter_spec
 
@@ -16,7 +16,31 @@ def mesh_for(parallel: ParallelConfig) -> Mesh | None:
     return None if parallel.is_one_device else make_mesh(parallel)
 
 
-def state_shardings(mesh: Mesh, abstract: Any) -> Any:
+def require_fit(mesh: Mesh | AbstractMesh, config: TrainConfig) -> None:
+    """Checks that the mesh divides what its axes share out.
+
+    Raises:
+      ConfigError: an axis does not divide it; the message names both.
+    """
+    shared_out = [
+        ("context", "data", "sequence_length"),
+        ("tensor", "model", "num_attention_heads"),
+    ]
+    if config.model.num_dense_layers:
+        shared_out.append(("tensor", "model", "intermediate_size"))
+    if config.model.num_moe_layers or config.model.num_nextn_predict_layers:
+        shared_out.append(("tensor", "model", "moe_intermediate_size"))
+        shared_out.append(("expert", "model", "n_routed_experts"))
+    for axis, section, name in shared_out:
+        value = getattr(getattr(config, section), name)
+        if value % mesh.shape[axis]:
+            raise ConfigError(
+                f"parallel.{axis}={mesh.shape[axis]} must divide {section}.{name}={value}"
+            )
+    batch_sharding(mesh, config.batch.microbatch_size)
+
+
+def state_shardings(mesh: Mesh | AbstractMesh, abstract: Any) -> Any:
     """A sharding for every leaf of a train state, or of {"params", "router_state"}.
 
     Parameters follow the rules; optimizer moments have their parameter's names and lie with it;
@@ -32,7 +56,7 @@ def state_shardings(mesh: Mesh, abstract: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, abstract)
 
 
-def batch_sharding(mesh: Mesh, microbatch: int) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, microbatch: int) -> NamedSharding:
     """Of tokens int32 [A, B, T + 1]: sequences shared out, microbatches one after the other.
 
     Raises:

@@ -7,7 +7,8 @@ themselves over expert (whole experts), fsdp (D) and tensor (F).
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
 
@@ -19,7 +20,8 @@ PARAMETER_AXES: dict[str, tuple[tuple[str, ...], ...]] = {
     r"embed_tokens/embedding": (("tensor",), _SHARED),
     r"lm_head/kernel": (_SHARED, ("tensor",)),
     r"self_attn/(q_a_proj|kv_a_proj_with_mqa)/kernel": (_SHARED, _WHOLE),
-    r"self_attn/(q_proj|q_b_proj|kv_b_proj)/kernel": (_SHARED, ("tensor",)),
+    # Their input, a low rank, is too narrow for large meshes.
+    r"self_attn/(q_proj|q_b_proj|kv_b_proj)/kernel": (_WHOLE, ("tensor", *_SHARED)),
     r"self_attn/o_proj/kernel": (("tensor",), _SHARED),
     r"mlp/(shared_experts/)?(gate_proj|up_proj)/kernel": (_SHARED, ("tensor",)),
     r"mlp/(shared_experts/)?down_proj/kernel": (("tensor",), _SHARED),
@@ -71,3 +73,51 @@ def parameter_spec(
 
     rows = zip(parameter_axes(path), shape, strict=True)
     return PartitionSpec(*(fitting(axes, size) for axes, size in rows))
+
+
+class Placed(NamedTuple):
+    """A parameter on a mesh: path, shape, axes of each dimension, shape of a device's part."""
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[tuple[str, ...], ...]
+    shard: tuple[int, ...]
+
+
+def placed_parameters(
+    sizes: Mapping[str, int], shapes: Mapping[tuple[str, ...], Sequence[int]]
+) -> Iterator[Placed]:
+    """Where every parameter lies; `shapes` by path, such as ("norm", "weight").
+
+    Raises:
+      KeyError: a path that no row matches, or more than one.
+    """
+    for path, shape in shapes.items():
+        spec = parameter_spec(sizes, path, shape)
+        axes = tuple((axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec)
+        ways = (math.prod(sizes[axis] for axis in group) for group in axes)
+        shard = tuple(size // way for size, way in zip(shape, ways, strict=True))
+        yield Placed("/".join(path), tuple(shape), axes, shard)
+
+
+def parameter_table(
+    sizes: Mapping[str, int], shapes: Mapping[tuple[str, ...], Sequence[int]]
+) -> str:
+    """`placed_parameters` as text, a line each, and at the end the elements of all and of a device.
+
+    A dimension that is shared out is followed by its axes, as in `256 expert`.
+    """
+    lines, whole, held = [("parameter", "shape and axes", "on a device")], 0, 0
+    for path, shape, axes, shard in placed_parameters(sizes, shapes):
+        named = (
+            " ".join([str(n), "·".join(group)]).strip()
+            for n, group in zip(shape, axes, strict=True)
+        )
+        lines.append((path, " x ".join(named), " x ".join(map(str, shard))))
+        whole, held = whole + math.prod(shape), held + math.prod(shard)
+    lines.append((f"{len(lines) - 1} parameters", f"{whole:,}", f"{held:,}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

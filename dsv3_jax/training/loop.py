@@ -25,7 +25,7 @@ from dsv3_jax.data.pipeline import TrainingData, open_data
 from dsv3_jax.evaluation.perplexity import evaluate
 from dsv3_jax.evaluation.report import write_report
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.parallel.placement import batch_sharding, mesh_for, state_shardings
+from dsv3_jax.parallel.placement import batch_sharding, mesh_for, require_fit, state_shardings
 from dsv3_jax.training.flops import peak_flops, train_flops_per_token
 from dsv3_jax.training.metrics import METRIC_KEYS, MetricsWriter, ProgressBar
 from dsv3_jax.training.optimizer import batch_size
@@ -322,10 +322,12 @@ def train(config: TrainConfig, out_dir: str | Path, *, resume: bool = False) -> 
     out = Path(out_dir)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
+    mesh = mesh_for(config.parallel)
+    if mesh is not None:
+        require_fit(mesh, config)
     with contextlib.closing(_open_run(out, config, resume=resume)) as store:
         data = open_data(config)
         data.tokenizer.save(out / "tokenizer.json")
-        mesh = mesh_for(config.parallel)
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             run = _Run(config, out, store, data, mesh)
             last = max(planned_steps(config), run.step)

@@ -1,5 +1,6 @@
 """Routed experts on a mesh: the same sums and gradients as on one device, whatever the routing."""
 
+import dataclasses
 import functools
 import types
 
@@ -8,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ConfigError
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.model.moe import select_experts
 from dsv3_jax.parallel.experts import Buffer, buffer_rows, run_experts
 from dsv3_jax.parallel.mesh import AXES, activation_spec, constrain, make_mesh, per_token
 from pallas_kernels import reference
 
 B, T, D, E, F, K = 8, 6, 10, 16, 12, 3
 TWICE = Buffer(2.0, "exact")
+V3 = ModelConfig()  # 256 experts, 8 groups, 4 of them a token
 
 
 def sizes(**given: int) -> types.SimpleNamespace:
@@ -215,3 +218,25 @@ def test_per_token_needs_no_communication():
         compiled = jax.jit(lambda x: per_token(best, x, bias)).lower(placed).compile()
         assert np.array_equal(compiled(placed), best(x, bias))
     assert "all-gather" not in compiled.as_text()
+
+
+def destinations(config, per_run):
+    """Runs of `per_run` experts that each of 2,000 tokens is sent to, for a random router."""
+    scores = jax.nn.sigmoid(jax.random.normal(jax.random.key(0), (2000, config.n_routed_experts)))
+    bias = 0.1 * jax.random.normal(jax.random.key(1), scores.shape[1:])
+    idx, _ = jax.jit(functools.partial(select_experts, config=config))(scores, bias)
+    return np.array([len(set(row)) for row in (np.asarray(idx) // per_run).tolist()])
+
+
+@pytest.mark.parametrize("devices", [8, 16, 64])
+def test_a_token_crosses_to_at_most_topk_group_groups(devices):
+    """Device d holds the d-th run of experts: a group lies on consecutive devices of the axis."""
+    per_device, per_group = 256 // devices, 256 // V3.n_group
+    assert per_group % per_device == 0  # no device holds parts of two groups
+    groups = destinations(V3, per_group)
+    assert groups.max() == V3.topk_group
+    # The limit is the gate's doing: the same scores without groups reach more.
+    assert destinations(dataclasses.replace(V3, n_group=1, topk_group=1), per_group).max() > 6
+    assert destinations(V3, per_device).max() <= V3.topk_group * per_group // per_device
+    order = make_mesh(sizes(expert=8)).devices.reshape(-1).tolist()
+    assert order == sorted(order, key=lambda device: device.id)

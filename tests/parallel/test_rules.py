@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.checkpoints.convert import abstract_variables
 from dsv3_jax.parallel import rules
-from dsv3_jax.parallel.rules import parameter_axes, parameter_spec
+from dsv3_jax.parallel.rules import parameter_axes, parameter_spec, parameter_table
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -53,6 +53,8 @@ def test_a_path_without_a_row_or_with_two_is_an_error(monkeypatch):
         {"fsdp": 16},
         {"expert": 64},
         {"fsdp": 8, "expert": 32},
+        {"fsdp": 1024},
+        {"fsdp": 16, "expert": 64},
         {"replica": 2, "fsdp": 4, "expert": 16, "tensor": 4, "context": 2},
     ],
     ids=str,
@@ -86,7 +88,7 @@ def test_places_of_some_parameters(v3):
         ),
         ("mtp_0", "layer", "mlp", "experts", "down_proj"): (("expert",), ("tensor",), ("fsdp",)),
         ("dense_layers", "self_attn", "o_proj", "kernel"): (None, ("tensor",), both),
-        ("moe_layers", "self_attn", "q_b_proj", "kernel"): (None, both, ("tensor",)),
+        ("moe_layers", "self_attn", "q_b_proj", "kernel"): (None, None, ("tensor", *both)),
         ("norm", "weight"): (None,),
     }.items():
         assert parameter_spec(sizes, path, v3[path]) == PartitionSpec(*expected), path
@@ -99,3 +101,19 @@ def test_axes_that_do_not_divide_are_left_out_from_the_last():
         assert parameter_spec(sizes, path, (hidden, 7)) == PartitionSpec(expected, None)
     assert parameter_spec({}, path, (48, 8)) == PartitionSpec(None, None)
     assert parameter_spec({"tensor": 2}, path, (48, 8)) == PartitionSpec(None, ("tensor",))
+
+
+def test_the_table_of_v3_on_a_pod(v3):
+    """Every parameter has a line: 16 x 64 chips hold a 1,024th of the experts and projections."""
+    lines = parameter_table({"fsdp": 16, "expert": 64}, v3).splitlines()
+    assert len(lines) == len(v3) + 2
+    cells = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert cells["moe_layers/mlp/experts/gate_up_proj"] == (
+        "58 x 256 expert x 7168 fsdp x 2 x 2048 58 x 4 x 448 x 2 x 2048"
+    )
+    assert cells["embed_tokens/embedding"] == "129280 x 7168 fsdp·expert 129280 x 7"
+    assert cells["moe_layers/mlp/gate/e_score_correction_bias"] == "58 x 256 58 x 256"
+    total = sum(math.prod(shape) for shape in v3.values())
+    assert cells[str(len(v3))].startswith(f"parameters {total:,} ")
+    held = int(lines[-1].split()[-1].replace(",", ""))
+    assert total / 1024 < held < 1.01 * total / 1024
