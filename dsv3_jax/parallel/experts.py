@@ -183,8 +183,14 @@ def run_experts(
     else:
         body = _by_selection
 
-    def on_each_device(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = body(compute, *arrays)
+    # As the parameters lie. Gathered here, their gradients come back by a reduce-scatter.
+    hidden = "fsdp" if sizes["fsdp"] > 1 and gate_up.shape[1] % sizes["fsdp"] == 0 else None
+
+    def on_each_device(x, idx, weight, gate_up, down) -> tuple[jax.Array, jax.Array]:
+        if hidden:
+            gate_up = jax.lax.all_gather(gate_up, hidden, axis=1, tiled=True)
+            down = jax.lax.all_gather(down, hidden, axis=2, tiled=True)
+        out = body(compute, x, idx, weight, gate_up, down)
         out, most = out if isinstance(out, tuple) else (out, jnp.zeros((), jnp.int32))
         if sizes["tensor"] > 1:
             out = jax.lax.psum(out, "tensor")
@@ -194,8 +200,8 @@ def run_experts(
         on_each_device,
         in_specs=(
             *(tokens,) * 3,
-            PartitionSpec("expert", None, None, "tensor"),
-            PartitionSpec("expert", "tensor"),
+            PartitionSpec("expert", hidden, None, "tensor"),
+            PartitionSpec("expert", "tensor", hidden),
         ),
         out_specs=(tokens, tokens),
         check_vma=False,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 
 import jax
@@ -168,6 +169,13 @@ def test_the_buffer_never_exceeds_what_can_arrive():
     assert buffer_rows(2.0, 4096 * 8, 8, 4, 64) == 2 * 4096 * 8
     assert buffer_rows(1e9, 4096 * 8, 8, 4, 64) == 64 * 4096 * 4
     assert buffer_rows(1.0001, 7 * 3, 3, 100, 2) == 22
+
+
+def test_gradients_of_experts_return_to_their_owners_by_a_reduce_scatter():
+    with jax.set_mesh(make_mesh(sizes(expert=4, fsdp=2))):
+        text = program(TWICE).lower(*case("spread", B)).compile().as_text()
+    found = re.findall(r"= (f32\[4,[\d,]*\])\S* (all-reduce|reduce-scatter)\(", text)
+    assert sorted(found) == [("f32[4,12,5]", "reduce-scatter"), ("f32[4,5,2,12]", "reduce-scatter")]
 
 
 @pytest.mark.parametrize(
