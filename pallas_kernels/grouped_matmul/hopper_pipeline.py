@@ -236,13 +236,22 @@ def send(staged, chunks: Iterable[tuple[int, Callable, Callable]]) -> None:
     """Sends chunks of outputs through the slots of `staged` [slots, rows, 64] in turn.
 
     A chunk is (rows, write, copy): `write(spot)` fills that many rows of a slot, `copy(spot)`
-    starts the copies to memory. Only a slot's own former copies are waited for.
+    starts the copies to memory.
+    """
+    for index, chunk in enumerate(chunks):
+        send_chunk(staged, index, chunk)
+
+
+def send_chunk(staged, index: int, chunk: tuple[int, Callable, Callable]) -> None:
+    """Sends the `index`-th chunk of a tile, see `send`, once its slot's former copies have read it.
+
+    Every tile begins with the first slot, wherever the tile before it ended.
     """
     slots = staged.shape[0]
-    for index, (rows, write, copy) in enumerate(chunks):
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-        spot = staged.at[index % slots, pl.ds(0, rows)]
-        write(spot)
-        plgpu.commit_smem()
-        copy(spot)
-        plgpu.commit_smem_to_gmem_group()
+    rows, write, copy = chunk
+    plgpu.wait_smem_to_gmem(min(index, slots - 1), wait_read_only=True)
+    spot = staged.at[index % slots, pl.ds(0, rows)]
+    write(spot)
+    plgpu.commit_smem()
+    copy(spot)
+    plgpu.commit_smem_to_gmem_group()
