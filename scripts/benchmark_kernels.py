@@ -5,22 +5,27 @@
 
 Every implementation of an operation runs in one process on the same bfloat16 data (random normal,
 larger than L2, mildly skewed group sizes), in a new order every round, so that neither a drift of
-the clock nor what ran before favours one. Figures are medians over rounds; `error` is the worst
-group's relative L2 distance from a float32 product of every row. A peer that is not installed or
-cannot run is left out with its reason. `cublas` multiplies all rows by one matrix: the same FLOPs
-without groups. Needs torch for the data and the peers.
+the clock nor what ran before favours one. Figures are medians over rounds. `error` is the worst
+group's relative L2 distance from a float32 product of every row; `floor` is the time in which a
+device-to-device copy moves the bytes that must be read and written, as a share of the time taken.
+A peer that is not installed or cannot run is left out with its reason. `cublas` multiplies all rows
+by one matrix: the same FLOPs without groups. Needs torch for the data and the peers.
+
+Compiling takes longer than measuring, so every operation of every shape has a process of its own:
+`--processes` of them compile at a time, and when all are ready they measure, one after another.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from _turns import take_turns  # pyrefly: ignore[missing-import]
 
 from pallas_kernels.grouped_matmul import hopper_groups, hopper_rows, hopper_tiles
 
@@ -43,8 +49,6 @@ SHAPES = {
     "decode": (256, 256, 7168, 4096),
 }
 OPERATIONS = ("fwd", "dgrad", "wgrad")
-# A device-to-device copy on an H200, bytes read and written.
-BYTES_PER_SECOND = 4.3e12
 
 # operation -> name -> function of a Problem that returns a function of no argument.
 REGISTRY: dict[str, dict[str, Callable]] = {operation: {} for operation in OPERATIONS}
@@ -73,33 +77,63 @@ def group_sizes(rows: int, groups: int) -> np.ndarray:
 
 
 class Problem:
-    """The operands of one shape, as torch tensors and, on the same memory, as jax arrays."""
+    """The operands of one shape, as torch tensors and, on the same memory, as jax arrays.
+
+    An operand is made when it is first looked at; `compile` needs none.
+    """
 
     def __init__(self, name: str):
         self.name = name
         self.rows, self.groups, self.k, self.n = SHAPES[name]
         self.sizes = group_sizes(self.rows, self.groups)
         self.ends = np.cumsum(self.sizes)
-        torch.manual_seed(0)
-        self.x = self._normal((self.rows, self.k), 1.0)
-        self.dy = self._normal((self.rows, self.n), 1.0)
-        self.w = self._normal((self.groups, self.k, self.n), self.k**-0.5)
-        self.offsets = torch.tensor(self.ends, dtype=torch.int32, device="cuda")
-        self.jax_x, self.jax_dy, self.jax_w = map(jax.dlpack.from_dlpack, (self.x, self.dy, self.w))
-        self.jax_sizes = jnp.asarray(self.sizes)
+
+    @functools.cached_property
+    def x(self) -> torch.Tensor:
+        return self._normal(1, (self.rows, self.k), 1.0)
+
+    @functools.cached_property
+    def dy(self) -> torch.Tensor:
+        return self._normal(2, (self.rows, self.n), 1.0)
+
+    @functools.cached_property
+    def w(self) -> torch.Tensor:
+        return self._normal(3, (self.groups, self.k, self.n), self.k**-0.5)
+
+    @functools.cached_property
+    def offsets(self) -> torch.Tensor:
+        return torch.tensor(self.ends, dtype=torch.int32, device="cuda")
+
+    jax_x = functools.cached_property(lambda self: jax.dlpack.from_dlpack(self.x))
+    jax_dy = functools.cached_property(lambda self: jax.dlpack.from_dlpack(self.dy))
+    jax_w = functools.cached_property(lambda self: jax.dlpack.from_dlpack(self.w))
+    jax_sizes = functools.cached_property(lambda self: jnp.asarray(self.sizes))
 
     @staticmethod
-    def _normal(shape: tuple[int, ...], scale: float) -> torch.Tensor:
+    def _normal(seed: int, shape: tuple[int, ...], scale: float) -> torch.Tensor:
+        torch.manual_seed(seed)
         return torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(0, scale)
+
+    def compile(self, function: Callable, *operands: str) -> Callable:
+        """`function` of these of "x", "dy", "w", then the group sizes; of no argument, compiled."""
+        shapes = {
+            "x": (self.rows, self.k),
+            "dy": (self.rows, self.n),
+            "w": (self.groups, self.k, self.n),
+        }
+        structs = [jax.ShapeDtypeStruct(shapes[name], jnp.bfloat16) for name in operands]
+        sizes = jax.ShapeDtypeStruct((self.groups,), jnp.int32)
+        run = jax.jit(function).lower(*structs, sizes).compile()
+        return lambda: run(*(getattr(self, f"jax_{name}") for name in operands), self.jax_sizes)
 
     def flops(self) -> float:
         return 2.0 * self.rows * self.k * self.n
 
-    def floor_ms(self, operation: str) -> float:
-        """Time to read each input and write each output once, weights of groups with rows only."""
+    def floor_bytes(self, operation: str) -> int:
+        """Each input read once and each output written, weights of groups with rows only."""
         hit = int((self.sizes > 0).sum()) if operation != "wgrad" else self.groups
         elements = self.rows * (self.k + self.n) + hit * self.k * self.n
-        return 2 * elements / BYTES_PER_SECOND * 1e3
+        return 2 * elements
 
     def error(self, operation: str, result: torch.Tensor, operands: Any = None) -> float:
         """Worst group's relative L2 distance from the float32 product of `operands`, or ours."""
@@ -129,28 +163,29 @@ class Problem:
 @implementation("ours", *OPERATIONS)
 def _ours(operation: str, problem: Problem, tile=None) -> Callable:
     if operation == "wgrad":
-        run = jax.jit(functools.partial(hopper_groups.multiply_groups, tile=tile))
-        return lambda: run(problem.jax_x, problem.jax_dy, problem.jax_sizes)
+        multiply = functools.partial(hopper_groups.multiply_groups, tile=tile)
+        return problem.compile(multiply, "x", "dy")
     transposed = operation == "dgrad"
-    run = jax.jit(functools.partial(hopper_rows.multiply, transposed=transposed, tile=tile))
-    rows = problem.jax_dy if transposed else problem.jax_x
-    return lambda: run(rows, problem.jax_w, problem.jax_sizes)
+    multiply = functools.partial(hopper_rows.multiply, transposed=transposed, tile=tile)
+    return problem.compile(multiply, "dy" if transposed else "x", "w")
 
 
 @implementation("cublas", *OPERATIONS)
 def _cublas(operation: str, problem: Problem) -> Callable:
-    x, dy, w = problem.x, problem.dy, problem.w[0]
-    return {"fwd": lambda: x @ w, "dgrad": lambda: dy @ w.T, "wgrad": lambda: x.T @ dy}[operation]
+    return {
+        "fwd": lambda: problem.x @ problem.w[0],
+        "dgrad": lambda: problem.dy @ problem.w[0].T,
+        "wgrad": lambda: problem.x.T @ problem.dy,
+    }[operation]
 
 
 @implementation("torch", *OPERATIONS)
 def _torch(operation: str, problem: Problem) -> Callable:
-    x, dy, w, ends = problem.x, problem.dy, problem.w, problem.offsets
     grouped = torch._grouped_mm
     return {
-        "fwd": lambda: grouped(x, w, ends),
-        "dgrad": lambda: grouped(dy, w.transpose(1, 2), ends),
-        "wgrad": lambda: grouped(x.T, dy, ends),
+        "fwd": lambda: grouped(problem.x, problem.w, problem.offsets),
+        "dgrad": lambda: grouped(problem.dy, problem.w.transpose(1, 2), problem.offsets),
+        "wgrad": lambda: grouped(problem.x.T, problem.dy, problem.offsets),
     }[operation]
 
 
@@ -158,32 +193,31 @@ def _torch(operation: str, problem: Problem) -> Callable:
 def _jax_example(operation: str, problem: Problem) -> Callable:
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
 
-    rows = problem.jax_x if operation == "fwd" else problem.jax_dy
-    run = jax.jit(
-        lambda rows, w, sizes: ragged_dot_mgpu.ragged_dot(
+    def multiply(rows, w, sizes):
+        return ragged_dot_mgpu.ragged_dot(
             rows, w, group_sizes=sizes, block_m=128, block_n=128, block_k=64,
             max_concurrent_steps=4, grid_block_n=8, transpose_rhs=operation == "dgrad",
-        )
-    )  # fmt: skip
-    return lambda: run(rows, problem.jax_w, problem.jax_sizes)
+        )  # fmt: skip
+
+    return problem.compile(multiply, "x" if operation == "fwd" else "dy", "w")
 
 
 @implementation("tokamax", *OPERATIONS)
 def _tokamax(operation: str, problem: Problem) -> Callable:
     import tokamax  # pyrefly: ignore[missing-import]
 
-    def forward(x, w):
-        return tokamax.ragged_dot(x, w, problem.jax_sizes, implementation="mosaic")
+    def product(x, w, sizes):
+        return tokamax.ragged_dot(x, w, sizes, implementation="mosaic")
 
-    x, w, dy = problem.jax_x, problem.jax_w, problem.jax_dy
+    def dgrad(x, w, dy, sizes):
+        return jax.vjp(lambda x: product(x, w, sizes), x)[1](dy)[0]
+
+    def wgrad(x, w, dy, sizes):
+        return jax.vjp(lambda w: product(x, w, sizes), w)[1](dy)[0]
+
     if operation == "fwd":
-        run = jax.jit(forward)
-        return lambda: run(x, w)
-    if operation == "dgrad":
-        run = jax.jit(lambda x, w, dy: jax.vjp(lambda x: forward(x, w), x)[1](dy)[0])
-    else:
-        run = jax.jit(lambda x, w, dy: jax.vjp(lambda w: forward(x, w), w)[1](dy)[0])
-    return lambda: run(x, w, dy)
+        return problem.compile(product, "x", "w")
+    return problem.compile(dgrad if operation == "dgrad" else wgrad, "x", "w", "dy")
 
 
 def register_tiles(specs: list[str]) -> None:
@@ -210,9 +244,17 @@ def seconds(run: Callable, calls: int) -> float:
     start = time.perf_counter()
     result = None
     for _ in range(calls):
+        result = None  # Two results of C's wgrad are 30 GB.
         result = run()
     jax.block_until_ready(result) if isinstance(result, jax.Array) else torch.cuda.synchronize()
     return (time.perf_counter() - start) / calls
+
+
+def copy_rate() -> float:
+    """Bytes a second that a device-to-device copy reads and writes."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / min(seconds(lambda: target.copy_(source), 3) for _ in range(3))
 
 
 @dataclasses.dataclass
@@ -224,16 +266,25 @@ class Contender:
     record: dict
     run: Any = None
 
-    def build(self, problem: Problem) -> None:
-        """Compiles and runs it once; a failure is a line of the table, not the end."""
+    def attempt(self, step: Callable[[], Any]) -> Any:
+        """What `step` returns; a failure is a line of the table, not the end."""
         begin = time.perf_counter()
         try:
-            self.run = REGISTRY[self.operation][self.name](problem)
-            jax.block_until_ready(self.run())
+            return step()
         except Exception as error:
-            self.run = None
             self.record["failed"] = f"{type(error).__name__}: {error}"[:300]
-        self.record["first_call_s"] = time.perf_counter() - begin
+        finally:
+            self.record["build_s"] = self.record.get("build_s", 0) + time.perf_counter() - begin
+
+    def build(self, problem: Problem) -> None:
+        """Compiles it."""
+        self.run = self.attempt(lambda: REGISTRY[self.operation][self.name](problem))
+
+    def warm(self) -> bool:
+        """Runs it once; whether it can."""
+        if "failed" not in self.record:
+            self.attempt(lambda: jax.block_until_ready(self.run()))
+        return "failed" not in self.record
 
     def check(self, problem: Problem) -> None:
         result = self.run()
@@ -244,27 +295,28 @@ class Contender:
         self.record["error"] = problem.error(self.operation, result, operands)
 
 
-def compare(problem: Problem, options: argparse.Namespace) -> list[dict]:
-    """Builds, checks and times the implementations on one shape; one record each."""
+def compare(options: argparse.Namespace, shape: str, operation: str) -> Iterator[Any]:
+    """Work in turns: compiles and yields the device's name; then checks, times, yields records."""
+    problem = Problem(shape)
     contenders = [
-        Contender(operation, name, {"shape": problem.name, "operation": operation, "name": name})
-        for operation in options.operations
+        Contender(operation, name, {"shape": shape, "operation": operation, "name": name})
         for name in REGISTRY[operation]
         if options.only is None or name.split(" ")[0] in options.only
     ]
     with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
         list(pool.map(lambda contender: contender.build(problem), contenders))
-    for operation in options.operations:
-        ready = [c for c in contenders if c.operation == operation and c.run is not None]
-        for contender in ready:
-            if contender.name != "cublas":
-                contender.check(problem)
-        measure(ready, problem, options)
-    return [contender.record for contender in contenders]
+    yield torch.cuda.get_device_name()
+    ready = [contender for contender in contenders if contender.warm()]
+    for contender in ready:
+        if contender.name != "cublas":
+            contender.check(problem)
+    measure(ready, problem, options)
+    yield [contender.record for contender in contenders]
 
 
 def measure(ready: list[Contender], problem: Problem, options: argparse.Namespace) -> None:
     """Times the contenders of one operation round by round."""
+    rate = copy_rate()
     calls = [max(1, round(options.window / seconds(c.run, 2))) for c in ready]
     times: list[list[float]] = [[] for _ in ready]
     shuffle = np.random.default_rng(0).permutation
@@ -276,8 +328,8 @@ def measure(ready: list[Contender], problem: Problem, options: argparse.Namespac
         contender.record |= {
             "ms": ms,
             "tflops": problem.flops() / ms / 1e9,
-            "of_floor": problem.floor_ms(contender.operation) / ms,
-            "spread": (max(measured) - min(measured)) * 1e3 / ms,
+            "of_floor": problem.floor_bytes(contender.operation) / rate / ms * 1e3,
+            "quartiles_ms": [q * 1e3 for q in statistics.quantiles(measured)],
         }
 
 
@@ -303,10 +355,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--operations", type=split, default=list(OPERATIONS))
     parser.add_argument("--only", type=split, help="implementations to run; default: all")
     parser.add_argument("--tile", action="append", default=[], help="our kernels with this tile")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--window", type=float, default=0.03, help="seconds a measurement lasts")
-    parser.add_argument("--limit", type=float, default=1e9, help="seconds; start no shape after")
-    parser.add_argument("--threads", type=int, default=8, help="compilations at a time")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--window", type=float, default=0.01, help="seconds a measurement lasts")
+    parser.add_argument("--processes", type=int, default=18, help="operations compiled at a time")
+    parser.add_argument("--threads", type=int, default=4, help="compilations at a time in each")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
 
@@ -317,18 +369,18 @@ def main(arguments: list[str]) -> int:
     register_tiles(options.tile)
     torch.backends.cuda.matmul.allow_tf32 = False
     versions = {"jax": jax.__version__, "torch": torch.__version__}
-    device = torch.cuda.get_device_name()
-    print(f"{device}, {versions}", flush=True)
-    records = []
-    for shape in options.shapes:
-        if time.monotonic() - begin > options.limit:
-            break
-        records += compare(Problem(shape), options)
-        print(f"{shape}: {time.monotonic() - begin:.0f} s", flush=True)
+    tasks = list(itertools.product(options.shapes, options.operations))
+    records, device = [], None
+    turns = take_turns(functools.partial(compare, options), tasks, options.processes)
+    for (shape, operation), (found, new) in zip(tasks, turns, strict=True):
+        device = device or found
+        failed = {"shape": shape, "operation": operation, "name": "all", "failed": "process ended"}
+        records += new or [failed]
+        print(f"{shape} {operation}: {time.monotonic() - begin:.0f} s", flush=True)
         if options.json:
             report = {"device": device, "versions": versions, "records": records}
             options.json.write_text(json.dumps(report, indent=1))
-        torch.cuda.empty_cache()
+    print(f"{device}, {versions}")
     print_table(records)
     return 0
 
