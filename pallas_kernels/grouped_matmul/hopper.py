@@ -10,8 +10,9 @@ Wgrad (`hopper_groups`) contracts over a group's rows, in steps of whole atoms o
 few rows at a group's ragged ends are gathered apart and padded with zeros.
 
 Both are persistent and warp-specialised (`hopper_pipeline`): per multiprocessor one producer
-warpgroup that issues TMA copies into a ring, and two WGMMA consumers kept a few steps apart, so
-that one multiplies while the other stores. What depends on the group sizes is data
+warpgroup that issues TMA copies into a ring, and two WGMMA consumers. Forward and dgrad keep the
+consumers a few steps apart, so that one multiplies while the other stores; wgrad, which stores
+more, stores a tile under the products of the next. What depends on the group sizes is data
 (`hopper_tasks`): a launch with other sizes runs the same program. Sizes of tiles are in one table
 (`hopper_tiles`).
 """

@@ -1,12 +1,14 @@
 """Wgrad on Hopper: per-group xᵀ dy, contracted over the rows of the group.
 
 A block's tile is `k` by `n` of one group's gradient, half of `k` to each consumer; both operands
-are read as they are stored. A group without rows takes no step and stores its zeros.
+are read as they are stored. A tile is many outputs after few products, so a consumer keeps it in
+registers, rounded, and stores it in chunks under the products of the next one. A group without rows
+takes no step and stores its zeros.
 """
 
 import functools
-import itertools
-from collections.abc import Iterator
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,18 +42,19 @@ def multiply_groups(
     M is a multiple of 8, K and N are multiples of 64. Group 0 starts at `first_row`.
     """
     (_, k), n, groups = x.shape, dy.shape[1], group_sizes.shape[0]
-    tile = tile or group_tile()
+    tile = tile or group_tile(x.shape[0], groups, k)
     first_row = jnp.asarray(first_row, jnp.int32)
     lines, edges = tasks.group_steps(group_sizes, first_row, tile.depth)
     x_edges, dy_edges = (
         jnp.where(edges[..., None] >= 0, operand[jnp.maximum(edges, 0)], 0) for operand in (x, dy)
     )
+    atom = min(tile.depth, ATOM)
     kernel = pipeline.launch(
         functools.partial(_body, tile=tile),
         jax.ShapeDtypeStruct((groups, k, n), x.dtype),
         {
-            "x_slots": pipeline.slots(tile.stages, (tile.depth, tile.k), x.dtype),
-            "dy_slots": pipeline.slots(tile.stages, (tile.depth, tile.n), x.dtype),
+            "x_slots": pipeline.slots(tile.stages, (tile.depth, tile.k), x.dtype, atom),
+            "dy_slots": pipeline.slots(tile.stages, (tile.depth, tile.n), x.dtype, atom),
             "staged": pipeline.staging(ATOM, tile.store_slots, x.dtype),
             "rest": plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
             **pipeline.ring_barriers(2, tile.stages, tile.cluster),
@@ -67,7 +70,7 @@ def _body(
     lines, x, dy, x_edges, dy_edges, out,
     x_slots, dy_slots, staged, rest, full, empty, turn, *, tile,
 ):  # fmt: skip
-    ring = pipeline.Ring(full, empty, turn, tile.stages, tile.lead)
+    ring = pipeline.Ring(full, empty, turn, tile.stages, 0)
     groups, k, n = out.shape
     k_tiles, n_tiles = -(-k // (tile.k * tile.cluster)), -(-n // tile.n)
 
@@ -97,20 +100,24 @@ def _body(
         warpgroup = lax.axis_index(pipeline.WARPGROUP)
         half = tile.k // CONSUMERS
 
-        def visit(record, step):
-            group, k_tile, n_tile, _, full_steps, _, steps = record
+        def visit(record, state):
+            (group, k_tile, n_tile, _, full_steps, _, steps), (step, former) = record, state
 
             def operands(i, slot):
                 pl.when(i >= full_steps)(lambda: plgpu.barrier_wait(rest.at[slot]))
                 own = x_slots.at[slot, :, pl.ds(warpgroup * half, half)]
                 return _compat.transposed(own), dy_slots.at[slot]
 
-            total, step = pipeline.drain(ring, steps, step, (half, tile.n), operands)
-            corner = k_tile * tile.k + warpgroup * half, n_tile * tile.n
-            pipeline.send(staged.at[warpgroup], _chunks(total, out.at[group], corner))
-            return step
+            send = functools.partial(_send, former, out, staged.at[warpgroup])
+            total, step = pipeline.drain(ring, steps, step, (half, tile.n), operands, send)
+            lax.fori_loop(steps, _count(total), lambda i, _: send(i), None)
+            down = k_tile * CONSUMERS + warpgroup
+            return step, _Finished(total.astype(out.dtype), group, down, n_tile)
 
-        for_each_tile(visit)
+        none = jnp.zeros((half, tile.n), out.dtype)
+        _, last = for_each_tile(visit, (0, _Finished(none, -1, 0, 0)))
+        send = functools.partial(_send, last, out, staged.at[warpgroup])
+        lax.fori_loop(0, _count(none), lambda i, _: send(i), None)
 
     pipeline.split_roles(ring, produce, consume)
 
@@ -159,14 +166,39 @@ def _copy(i: jax.Array, slot: jax.Array, full, *, sides, record, rest, tile) -> 
     lax.switch(jnp.where(after < 0, 0, 1 + kind), [whole, *edges])
 
 
-def _chunks(total: jax.Array, out, corner: tuple) -> Iterator[tuple]:
-    """The chunks, as `send` takes them, of `total`, whose place in `out` [K, N] is `corner`."""
-    total = total.astype(out.dtype)
-    for down, across in itertools.product(*(range(0, size, ATOM) for size in total.shape)):
-        part = total[down : down + ATOM, across : across + ATOM]
-        place = pl.ds(corner[0] + down, ATOM), pl.ds(corner[1] + across, ATOM)
+class _Finished(NamedTuple):
+    """A tile that is multiplied but not stored.
 
-        def write(spot, part=part):
-            spot[...] = part
+    Attributes:
+      values: a consumer's outputs.
+      group: whose gradient, or -1: nothing is to be stored.
+      down, across: how many such values lie above and to the left of them.
+    """
 
-        yield ATOM, write, functools.partial(pipeline.store_all, out=out.at[place])
+    values: jax.Array
+    group: jax.Array | int
+    down: jax.Array | int
+    across: jax.Array | int
+
+
+def _count(values: jax.Array) -> int:
+    return math.prod(values.shape) // ATOM**2
+
+
+def _send(tile: _Finished, out, staged, i: jax.Array) -> None:
+    """Sends the `i`-th chunk of 64 by 64 values to `out` [G, K, N], if there is one."""
+    count, (rows, columns) = _count(tile.values), tile.values.shape
+
+    def send(index: int) -> None:
+        down, across = (ATOM * at for at in divmod(index, columns // ATOM))
+
+        def write(spot):
+            spot[...] = tile.values[down : down + ATOM, across : across + ATOM]
+
+        rows_out = pl.ds(tile.down * rows + down, ATOM)
+        columns_out = pl.ds(tile.across * columns + across, ATOM)
+        copy = functools.partial(pipeline.store_all, out=out.at[tile.group, rows_out, columns_out])
+        pipeline.send_chunk(staged, index, (ATOM, write, copy))
+
+    branches = [functools.partial(send, index) for index in range(count)]
+    lax.switch(jnp.where(tile.group < 0, count, jnp.minimum(i, count)), [*branches, lambda: None])

@@ -27,11 +27,10 @@ _INTERPRETED_BLOCKS = 2
 BLOCK, CLUSTER, WARPGROUP = "block", "cluster", "warpgroup"
 _PRODUCER = CONSUMERS
 
-_SWIZZLE = plgpu.SwizzleTransform(128)
-# What WGMMA reads: atoms of eight swizzled rows.
-_OPERAND = (plgpu.TilingTransform((8, ATOM)), _SWIZZLE)
-# The same bytes, addressed row by row, so that a store may begin and end at any row.
-_STAGED = (plgpu.TilingTransform((1, ATOM)), _SWIZZLE)
+
+def _swizzled(rows: int, columns: int) -> tuple:
+    """Atoms of so many rows, whose 16-byte pieces are permuted against bank conflicts."""
+    return plgpu.TilingTransform((rows, columns)), plgpu.SwizzleTransform(2 * columns)
 
 
 class Ring(NamedTuple):
@@ -120,24 +119,33 @@ def split_roles(ring: Ring, produce: Callable[[], None], consume: Callable[[], N
 def for_each_tile(
     tiles: jax.Array | int,
     fetch: Callable[[jax.Array], tuple],
-    visit: Callable[[tuple, jax.Array], jax.Array],
-) -> None:
-    """Visits this cluster's tiles: every `clusters`-th one.
+    visit: Callable[[tuple, Any], Any],
+    state: Any = 0,
+) -> Any:
+    """Visits this cluster's tiles, one of every `clusters`, and returns the last state.
 
-    `visit(record, step)` returns the ring's step count after the tile. The record of the next
-    tile is fetched before a tile is visited, so nobody waits for it.
+    Every other turn goes backwards: where tiles come largest first, no cluster then always gets
+    the largest of a turn.
+
+    `visit(record, state)` returns the state after the tile: the ring's step count, and what else
+    `state` starts with. The record of the next tile is fetched before a tile is visited, so nobody
+    waits for it.
     """
     cluster, clusters = lax.axis_index(BLOCK), lax.axis_size(BLOCK)
-    mine = lax.div(tiles - cluster + (clusters - 1), clusters)
 
-    def loop(i: jax.Array, carry: tuple) -> tuple:
-        step, record = carry
-        following = jnp.minimum(cluster + (i + 1) * clusters, tiles - 1)
-        ahead = fetch(following)
-        return visit(record, step), ahead
+    def tile_of(turn: jax.Array) -> jax.Array:
+        back = lax.rem(turn, 2) == 1
+        return turn * clusters + jnp.where(back, clusters - 1 - cluster, cluster)
 
-    start = jnp.int32(0), fetch(jnp.minimum(cluster, tiles - 1))
-    lax.fori_loop(0, mine, loop, start)
+    def loop(turn: jax.Array, carry: tuple) -> tuple:
+        state, record = carry
+        ahead = fetch(jnp.minimum(tile_of(turn + 1), tiles - 1))
+        return visit(record, state), ahead
+
+    whole = lax.div(tiles, clusters)
+    turns = whole + jnp.where(tile_of(whole) < tiles, 1, 0)
+    start = jax.tree.map(jnp.asarray, state), fetch(jnp.minimum(cluster, tiles - 1))
+    return lax.fori_loop(0, turns, loop, start)[0]
 
 
 def fill(ring: Ring, count: jax.Array, step: jax.Array, copy: Callable) -> jax.Array:
@@ -153,11 +161,17 @@ def fill(ring: Ring, count: jax.Array, step: jax.Array, copy: Callable) -> jax.A
 
 
 def drain(
-    ring: Ring, count: jax.Array, step: jax.Array, shape: tuple[int, int], operands: Callable
+    ring: Ring,
+    count: jax.Array,
+    step: jax.Array,
+    shape: tuple[int, int],
+    operands: Callable,
+    meanwhile: Callable[[jax.Array], None] = lambda i: None,
 ) -> tuple[jax.Array, jax.Array]:
     """Consumer's side of a tile: the sum of products of `operands(i, slot)`, float32 of `shape`.
 
     One product stays in flight: a slot is handed back when the product after it was issued.
+    `meanwhile(i)` is done under product `i`.
 
     The consumers share the tensor cores. Left alone they finish a tile together and store it
     together, and nobody multiplies meanwhile; so the second one starts `lead` steps late, which
@@ -175,6 +189,7 @@ def drain(
             slot = lax.rem(step, ring.stages)
             plgpu.barrier_wait(ring.full.at[slot])
             plgpu.wgmma(total, *operands(i, slot))
+            meanwhile(i)
             plgpu.wgmma_wait(1)
             pl.when(i > 0)(lambda: release(step - 1))
             pl.when(first & turns & (i == ring.lead - 1))(
@@ -222,14 +237,18 @@ def store_rows(staged, *, out, low: jax.Array, high: jax.Array) -> None:
             power //= 2
 
 
-def slots(stages: int, shape: tuple[int, int], dtype) -> Any:
-    """Shared memory of one operand's slots in the ring."""
-    return plgpu.SMEM((stages, *shape), dtype, transforms=_OPERAND)
+def slots(stages: int, shape: tuple[int, int], dtype, atom: int = ATOM) -> Any:
+    """Shared memory of one operand's slots in the ring, in atoms of eight rows of `atom` values.
+
+    A step contracts a multiple of `atom`.
+    """
+    return plgpu.SMEM((stages, *shape), dtype, transforms=_swizzled(8, atom))
 
 
 def staging(rows: int, slots: int, dtype) -> Any:
     """Shared memory in which the consumers put outputs on their way to memory."""
-    return plgpu.SMEM((CONSUMERS, slots, rows, ATOM), dtype, transforms=_STAGED)
+    # Addressed row by row, so that a store may begin and end at any row.
+    return plgpu.SMEM((CONSUMERS, slots, rows, ATOM), dtype, transforms=_swizzled(1, ATOM))
 
 
 def send(staged, chunks: Iterable[tuple[int, Callable, Callable]]) -> None:

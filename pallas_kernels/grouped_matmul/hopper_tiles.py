@@ -9,12 +9,6 @@ ALIGNED_ROWS = 8
 CONSUMERS = 2
 
 
-def _check(tile: "RowTile | GroupTile") -> None:
-    if not 0 <= tile.lead < tile.stages:
-        # The first consumer would wait for a slot that the second, waiting for it, never empties.
-        raise ValueError(f"{tile.lead=} must be less than {tile.stages=} ({type(tile).__name__})")
-
-
 @dataclasses.dataclass(frozen=True)
 class RowTile:
     """Tile of the forward product and of dgrad: a run of one group's rows by some columns.
@@ -42,7 +36,13 @@ class RowTile:
     lead: int = 2
 
     def __post_init__(self):
-        _check(self)
+        lead, stages, aligned = self.lead, self.stages, ALIGNED_ROWS * self.cluster
+        if not 0 <= lead < stages:
+            # The first consumer would wait for a slot that the second one, still waiting, holds.
+            raise ValueError(f"{lead=} must be less than {stages=} (RowTile)")
+        if wrong := [size for size in self.rows if size % aligned]:
+            # Each block of a cluster loads its share of the rows, in whole atoms.
+            raise ValueError(f"rows={wrong} must be multiples of {aligned} (RowTile)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,10 @@ class GroupTile:
     Attributes:
       k: output rows of a block; each of the two consumers takes half.
       n: output columns of a block.
-      depth: rows contracted in one pipeline step.
-      stages, cluster, store_slots, lead: as in `RowTile`; blocks of a cluster share `n`.
+      depth: rows contracted in one pipeline step, 32 or multiples of 64.
+      stages, store_slots: as in `RowTile`.
+      cluster: blocks that compute neighbouring `k` of the same `n` and share the loads of dy by
+        multicast, 1 or 2.
     """
 
     k: int = 128
@@ -62,13 +64,9 @@ class GroupTile:
     stages: int = 4
     cluster: int = 1
     store_slots: int = 2
-    lead: int = 2
-
-    def __post_init__(self):
-        _check(self)
 
 
-# Measured on an H200 with scripts/benchmark_kernels.py.
+# Measured on an H200 and an H100 with scripts/benchmark_kernels.py.
 # Few rows a group: the weights are what is read, so many stages of them.
 _STREAM = RowTile(rows=(8, 16, 32, 64), stages=8, lead=0)
 # Hundreds of rows a group: one or two tasks, of every size in steps of 16.
@@ -76,6 +74,8 @@ _MIDDLE = RowTile(rows=(16, 32, 64, 96, 128, 144, 160, 176, 192, 208, 224, 240, 
 # A thousand rows a group: an even split never leaves less than two thirds of the largest task.
 _MANY = RowTile(rows=(64, 128, 176, 192, 208, 224, 240, 256))
 _STREAM_BELOW, _MANY_FROM = 48, 512
+# Wgrad of hundreds of rows a group.
+_FEW_STEPS = GroupTile(depth=32, stages=8, cluster=2)
 
 
 def row_tile(rows: int, groups: int, columns: int) -> RowTile:
@@ -90,5 +90,9 @@ def row_tile(rows: int, groups: int, columns: int) -> RowTile:
     return dataclasses.replace(_MANY, cluster=2 if pairs else 1)
 
 
-def group_tile() -> GroupTile:
-    return GroupTile()
+def group_tile(rows: int, groups: int, k: int) -> GroupTile:
+    """The tile for `rows` rows in `groups` groups and `k` output rows."""
+    if k % (2 * GroupTile.k):
+        return GroupTile()
+    # Half-filled last steps cost much where steps are few; smaller steps load more slowly.
+    return _FEW_STEPS if rows / groups < _MANY_FROM else GroupTile(cluster=2)

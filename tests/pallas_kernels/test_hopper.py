@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import _choose, grouped_matmul
 from pallas_kernels.grouped_matmul import hopper, hopper_groups, hopper_rows, hopper_tasks
-from pallas_kernels.grouped_matmul.hopper_tiles import GroupTile, RowTile, row_tile
+from pallas_kernels.grouped_matmul.hopper_tiles import GroupTile, RowTile, group_tile, row_tile
 
 needs_simulator = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="JAX simulates Mosaic GPU kernels from 0.11 on"
@@ -139,10 +139,14 @@ def test_every_row_tile_computes_the_same(tile):
 
 
 @needs_simulator
-def test_a_group_never_reads_its_neighbours_rows_in_wgrad():
-    # Starts at row 1: 7 rows, 7 atoms and 7 rows, which do not fit in a step of 64.
+@pytest.mark.parametrize(
+    "tile",
+    [GroupTile(stages=2, cluster=2), GroupTile(depth=32, stages=3, store_slots=3)],
+    ids=["cluster", "half atoms"],
+)
+def test_a_group_never_reads_its_neighbours_rows_in_wgrad(tile):
+    # Starts at row 1: 7 rows, 7 atoms and 7 rows, which do not fit in a step of 64 or two of 32.
     sizes, k, n = [1, 70, 130, 7], 192, 320
-    tile = GroupTile(stages=2, cluster=2, lead=1)
     multiply = functools.partial(hopper_groups.multiply_groups, tile=tile, interpret=True)
     for poisoned in (0, 2):
         x, dy = _random(208, k), _random(208, n)
@@ -199,9 +203,9 @@ def _row_tasks(sizes, first_row, choices, panel):
 
 
 @settings(max_examples=60, deadline=None)
-@given(SIZES)
-def test_group_steps_contract_every_row_once(cuts):
-    first_row, sizes, depth = LISTED - sum(cuts), cuts[:5], 64
+@given(SIZES, st.sampled_from([32, 64]))
+def test_group_steps_contract_every_row_once(cuts, depth):
+    first_row, sizes = LISTED - sum(cuts), cuts[:5]
     lines, edges = _group_steps(jnp.asarray(sizes), jnp.int32(first_row), depth)
     for (group, run), line, gathered in zip(
         _runs(sizes, first_row), np.asarray(lines), np.asarray(edges), strict=True
@@ -251,8 +255,13 @@ def test_tile_rule():
     assert row_tile(32768, 32, 4096).cluster == 2
     # Eleven tiles of columns: no pairs.
     assert row_tile(32768, 32, 1408).cluster == 1
-    with pytest.raises(ValueError, match="tile.lead=4 must be less than tile.stages=4"):
-        GroupTile(lead=4)
+    assert group_tile(65536, 256, 2048).depth == 32
+    assert group_tile(32768, 32, 2048) == GroupTile(cluster=2)
+    assert group_tile(65536, 256, 1408).cluster == 1
+    with pytest.raises(ValueError, match="lead=4 must be less than stages=4"):
+        RowTile(rows=(64,), lead=4)
+    with pytest.raises(ValueError, match=r"rows=\[8, 24\] must be multiples of 16"):
+        RowTile(rows=(8, 16, 24), cluster=2)
 
 
 def test_what_cannot_run_says_so():
