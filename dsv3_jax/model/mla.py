@@ -5,6 +5,8 @@ sequences. *Absorbed*: the key half of `kv_b_proj` moves into the query and its 
 the weighted sum, so that a decode step reads only the compressed cache.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from dsv3_jax.model.cache import LayerCache
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import rotate, softmax_scale
 from dsv3_jax.parallel.context import attend_over_context, shares_sequences
-from dsv3_jax.parallel.mesh import constrain
+from dsv3_jax.parallel.mesh import constrain, per_head
 from pallas_kernels import causal_attention
 
 # Hugging Face builds the two inner norms with the default epsilon, whatever rms_norm_eps says.
@@ -117,11 +119,11 @@ class MLA(nn.Module):
         kv = constrain(kv, "batch", None, "heads", None)
         k_nope_BTNP, v_BTNH = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
         k_pe_BTNR = jnp.broadcast_to(k_pe_BTR[:, :, None], q_pe_BTNR.shape)
-        return causal_attention(
+        return per_head(
+            functools.partial(causal_attention, scale=softmax_scale(config)),
             jnp.concatenate([q_nope_BTNP, q_pe_BTNR], axis=-1),
             jnp.concatenate([k_nope_BTNP, k_pe_BTNR], axis=-1),
             v_BTNH,
-            scale=softmax_scale(config),
         )
 
     def _expanding_kernel(self):

@@ -97,3 +97,20 @@ def per_token(function: Callable[..., Any], tokens: jax.Array, *shared: jax.Arra
         out_specs=spec,
         check_vma=False,
     )(tokens, *shared)
+
+
+def per_head(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """`function(*arrays)`, each device computing its own sequences and heads.
+
+    For kernels, which XLA cannot divide among devices by itself. Positions stay whole.
+
+    Args:
+      function: treats every batch entry and head alike; [B, T, N, X] each -> [B, T, N, X].
+      arrays: [B, T, N, X], with any X.
+    """
+    if max(axis_sizes().values()) == 1:
+        return function(*arrays)
+    spec = activation_spec(arrays[0].shape, ("batch", None, "heads", None))
+    return jax.shard_map(function, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(
+        *arrays
+    )

@@ -3,9 +3,14 @@
 import jax
 
 from pallas_kernels._choose import choose
-from pallas_kernels.attention import portable
+from pallas_kernels.attention import portable, tpu
 
-_IMPLEMENTATIONS = {"portable": portable.causal_attention}
+_IMPLEMENTATIONS = {"portable": portable.causal_attention, "tpu": tpu.causal_attention}
+
+
+def _pick(q: jax.Array) -> str:
+    """The implementation for the chip that is traced for."""
+    return "tpu" if tpu.is_supported() and tpu.refusal(q) is None else "portable"
 
 
 def causal_attention(
@@ -23,17 +28,20 @@ def causal_attention(
       k: keys, [B, T, N, D].
       v: values, [B, T, N, H]; H may differ from D (MLA: 128 beside 192).
       scale: factor on the scores.
-      implementation: "portable" (plain JAX, blocks of queries), or None to pick.
+      implementation: "portable" (plain JAX, blocks of queries), "tpu" (bfloat16), or None to pick
+        for the chip of the mesh set with `jax.set_mesh`, or else the default device.
 
     Returns:
       [B, T, N, H] in the dtype of `q`.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, or an implementation that is unknown or does not take
+        them.
     """
     if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"{q.shape=}, {k.shape=}, {v.shape=} must be [B, T, N, D] twice and [B, T, N, H] "
             "(causal_attention)"
         )
-    return choose("causal_attention", _IMPLEMENTATIONS, implementation)(q, k, v, scale=scale)
+    name = implementation or _pick(q)
+    return choose("causal_attention", _IMPLEMENTATIONS, name)(q, k, v, scale=scale)

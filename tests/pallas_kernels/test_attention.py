@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import causal_attention, reference
-from pallas_kernels.attention import portable
+from pallas_kernels.attention import portable, tpu
 
 
 @pytest.fixture
@@ -44,3 +44,31 @@ def test_errors_name_what_does_not_fit():
         causal_attention(q, q[:, :3], q, scale=1.0)
     with pytest.raises(ValueError, match="must be one of: portable"):
         causal_attention(q, q, q, scale=1.0, implementation="cudnn")
+
+
+@pytest.mark.parametrize("length", [128, 200])
+def test_the_tpu_kernel_interpreted(length):
+    """Forward and gradients in bfloat16, lengths that are and are not whole tiles."""
+    keys = jax.random.split(jax.random.key(length), 4)
+
+    def random(key, width):
+        return jax.random.normal(key, (2, length, 2, width)).astype(jnp.bfloat16)
+
+    operands = [random(key, width) for key, width in zip(keys, (24, 24, 16, 16), strict=True)]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(f, q, k, v, dy):
+        out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, scale=0.2), q, k, v)
+        return out, *vjp(dy)
+
+    ours = both(functools.partial(tpu.causal_attention, interpret=True), *operands)
+    oracle = both(reference.causal_attention, *(x.astype(jnp.float32) for x in operands))
+    for got, want in zip(ours, oracle, strict=True):
+        # Rounding of queries, weights and results to bfloat16: 2^-9 each.
+        assert np.linalg.norm(got.astype(jnp.float32) - want) <= 5e-3 * np.linalg.norm(want)
+
+
+def test_the_tpu_kernel_takes_bfloat16_only():
+    q = jnp.zeros((1, 4, 2, 3))
+    with pytest.raises(ValueError, match=r"takes bfloat16, not q.dtype=dtype\('float32'\)"):
+        causal_attention(q, q, q, scale=1.0, implementation="tpu")
