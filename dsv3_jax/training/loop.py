@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dsv3_jax.checkpoints.store import CheckpointStore, config_to_dict, describe_run
 from dsv3_jax.config import ConfigError, TrainConfig
@@ -29,7 +29,13 @@ from dsv3_jax.parallel.placement import batch_sharding, mesh_for, require_fit, s
 from dsv3_jax.training.flops import peak_flops, train_flops_per_token
 from dsv3_jax.training.metrics import METRIC_KEYS, MetricsWriter, ProgressBar
 from dsv3_jax.training.optimizer import batch_size
-from dsv3_jax.training.step import StepMetrics, TrainState, init_state, make_train_step
+from dsv3_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    compiler_options,
+    init_state,
+    jit_train_step,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -96,14 +102,10 @@ class _Step:
         state: TrainState,
         say: Any,
     ) -> None:
-        self._batch_sharding, placed = None, None
-        if mesh is not None:
-            self._batch_sharding = batch_sharding(mesh, config.batch.microbatch_size)
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            placed = (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
-        self._jitted = jax.jit(
-            make_train_step(model, config), donate_argnums=0, out_shardings=placed
-        )
+        microbatch = config.batch.microbatch_size
+        self._batch_sharding = None if mesh is None else batch_sharding(mesh, microbatch)
+        self._jitted = jit_train_step(model, config, state, mesh)
+        self._options = compiler_options(mesh)
         self._compiled: dict[tuple[int, ...], Any] = {}
         self._microbatch = config.batch.microbatch_size
         self._say = say
@@ -113,7 +115,8 @@ class _Step:
         batch = {"tokens": jax.device_put(tokens, self._batch_sharding)}
         if tokens.shape not in self._compiled:
             start = time.monotonic()
-            self._compiled[tokens.shape] = self._jitted.lower(state, batch).compile()
+            lowered = self._jitted.lower(state, batch)
+            self._compiled[tokens.shape] = lowered.compile(compiler_options=self._options)
             count = tokens.shape[0]
             self._say(
                 f"compiled the step of {count} x {self._microbatch} sequences in "

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import TrainConfig
 from dsv3_jax.model.moe import RoutingStats
@@ -216,3 +217,29 @@ def make_train_step(
         )
 
     return train_step
+
+
+def jit_train_step(
+    model: Transformer, config: TrainConfig, state: TrainState, mesh: Mesh | None
+) -> jax.stages.Wrapped:
+    """`make_train_step` as a run uses it: `state` is donated and stays where it lies.
+
+    Args:
+      state: arrays, or shapes with shardings.
+      mesh: None for one device.
+    """
+    placed = None
+    if mesh is not None:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        placed = (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
+    return jax.jit(make_train_step(model, config), donate_argnums=0, out_shardings=placed)
+
+
+def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
+    """How the step is compiled for the mesh's, or the default, devices."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if device.platform != "tpu":
+        return {}
+    # Weights are gathered before a product, not passed around a ring of devices during it: over
+    # fsdp and expert together the ring would have as many steps as there are devices.
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
