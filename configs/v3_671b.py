@@ -9,8 +9,11 @@ scaled in pre-training: the released config.json has YaRN (factor 40) and 163,84
 because the weights went through two phases of context extension afterwards; read it with
 `ModelConfig.from_hf` to use them. Its initializer_range of 0.02 is not the report's 0.006 either.
 
-Hardware: DeepSeek used 2,048 H800 for about two months (180K GPU-hours per trillion tokens).
-Expected: not run: needs a pod and a multi-device mesh, which this version does not have.
+Hardware: DeepSeek used 2,048 H800 for about two months (180K GPU-hours per trillion tokens). The
+mesh here is for 1,024 TPU v5p: each device has four experts and one sequence at a time.
+`python scripts/plan.py configs/v3_671b.py --topology v5p:8x8x16` compiles this step for them
+(docs/scaling.md has the result, and other clusters).
+Expected: never run.
 """
 
 from dsv3_jax.config import (
@@ -19,6 +22,8 @@ from dsv3_jax.config import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
+    RuntimeConfig,
     TrainConfig,
 )
 
@@ -53,10 +58,12 @@ def get_config() -> TrainConfig:
             rms_norm_eps=1e-6,
             initializer_range=0.006,
         ),
+        runtime=RuntimeConfig(compute_dtype="bfloat16", remat_policy="full"),
+        parallel=ParallelConfig(fsdp=-1, expert=64),
         data=DataConfig(tokenizer="deepseek-v3", sequence_length=4096, fim_rate=0.1),
         batch=BatchConfig(
             size=15360,
-            microbatch_size=3072,
+            microbatch_size=1024,
             initial_size=3072,
             ramp_tokens=469_000_000_000,
             ramp_stages=4,

@@ -113,28 +113,47 @@ def parse_train_args(argv: Sequence[str]) -> tuple[TrainConfig, Path, bool]:
       SystemExit: `--help`, after printing it.
     """
     fields = dict(_fields(TrainConfig))
-    options, positional = _split(argv, fields)
-    if len(positional) > 1:
-        raise ConfigError(f"unexpected argument {positional[1]!r}: only one CONFIG is read")
-    config = load_config(positional[0]) if positional else TrainConfig()
+    options, positional = _split(argv, fields, _SWITCHES)
     if {"help", "h"} & options.keys():
-        _print_help(config)
-    if not positional:
-        raise ConfigError("no configuration file given (as in configs/tiny.py --out runs/tiny)")
+        _print_help(load_config(positional[0]) if positional else TrainConfig())
+    config = _configured(options, positional, fields)
     if not options.get("out"):
         raise ConfigError("no output directory given (--out DIR)")
+    return config, Path(options["out"]), "resume" in options
+
+
+def parse_config(argv: Sequence[str]) -> TrainConfig:
+    """Reads `CONFIG [--section.field value ...]`, as `parse_train_args` does.
+
+    Raises:
+      ConfigError: one line that names the option.
+    """
+    fields = dict(_fields(TrainConfig))
+    return _configured(*_split(argv, fields, frozenset()), fields)
+
+
+def _configured(
+    options: dict[str, str], positional: list[str], fields: dict[str, Any]
+) -> TrainConfig:
+    """The one configuration file named, with the overrides among `options`."""
+    if len(positional) > 1:
+        raise ConfigError(f"unexpected argument {positional[1]!r}: only one CONFIG is read")
+    if not positional:
+        raise ConfigError("no configuration file given (such as configs/tiny.py)")
     changes: dict[str, Any] = {}
     for name, text in options.items():
         if name not in _SWITCHES:
             # A section's own name only takes None: its values are set one by one.
             hint = None if _section_class(fields[name]) else fields[name]
             changes[name] = _convert(name, hint, text)
-    return _override(config, changes), Path(options["out"]), "resume" in options
+    return _override(load_config(positional[0]), changes)
 
 
-def _split(argv: Sequence[str], fields: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+def _split(
+    argv: Sequence[str], fields: dict[str, Any], switches: frozenset[str]
+) -> tuple[dict[str, str], list[str]]:
     """({option in underscores: value}, positional arguments)."""
-    known = _SWITCHES | {name for name in fields if not _is_required_section(fields[name])}
+    known = switches | {name for name in fields if not _is_required_section(fields[name])}
     options: dict[str, str] = {}
     positional: list[str] = []
     rest = list(argv)
@@ -148,7 +167,7 @@ def _split(argv: Sequence[str], fields: dict[str, Any]) -> tuple[dict[str, str],
         if name not in known:
             hint = nearest_name(spelled, map(_spell, known))
             raise ConfigError(f"unknown option {spelled}{hint}")
-        if not equals and (name == "out" or name not in _SWITCHES):
+        if not equals and (name == "out" or name not in switches):
             if not rest:
                 raise ConfigError(f"{spelled} needs a value")
             value = rest.pop(0)

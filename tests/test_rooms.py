@@ -18,6 +18,7 @@ ROOMS = (
     "dsv3_jax.data",
     "dsv3_jax.checkpoints",
     "dsv3_jax.training",
+    "dsv3_jax.planning",
     "dsv3_jax.inference",
     "dsv3_jax.evaluation",
     "dsv3_jax.cli",

@@ -27,6 +27,9 @@ from dsv3_jax.parallel.exchange import (
 )
 from dsv3_jax.parallel.mesh import axis_sizes, mesh_axes
 
+# Names what a program does only after an overflow: a plan leaves it out of what a step sends.
+OVERFLOW = "overflow"
+
 # (rows [R, D] sorted by expert, their weights float32 [R], gate_up, down, group_sizes int32 [E])
 # -> weighted results [R, D]
 Compute = Callable[..., jax.Array]
@@ -319,7 +322,8 @@ def _in_rounds(compute, buffer, sizes: _Sizes, x_MD, weight_MK, gate_up, down):
 
     # Outside the loop, so that its exchange may overlap with other work.
     first = run(0, *_sorted_rows(sizes.plan, x_MD, weight_MK), gate_up, down)
-    out = jax.lax.fori_loop(1, sizes.rounds, again, first)
+    with jax.named_scope(OVERFLOW):
+        out = jax.lax.fori_loop(1, sizes.rounds, again, first)
     return combine(out, sizes.plan, x_MD.shape[0])
 
 

@@ -27,6 +27,21 @@ ACTIVATION_AXES = {
 }
 
 
+def mesh_sizes(parallel: ParallelConfig, devices: int) -> dict[str, int]:
+    """Size of every axis on so many devices; -1 becomes as many as are left.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {axis: getattr(parallel, axis) for axis in AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        said = " x ".join(f"{axis} {getattr(parallel, axis)}" for axis in AXES)
+        raise ConfigError(f"{said} must multiply to the {devices} devices (ParallelConfig)")
+    return sizes
+
+
 def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of all `devices` (None: every device of every process).
 
@@ -36,13 +51,7 @@ def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = N
       ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [getattr(parallel, axis) for axis in AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        said = " x ".join(f"{axis} {getattr(parallel, axis)}" for axis in AXES)
-        raise ConfigError(f"{said} must multiply to the {len(devices)} devices (ParallelConfig)")
+    sizes = tuple(mesh_sizes(parallel, len(devices)).values())
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from dsv3_jax.model.transformer import Routing, Transformer
 from dsv3_jax.parallel.vocabulary import run_head
 
-_CHUNK_TOKENS = 1024  # tokens of a device whose float32 logits exist at once
+CHUNK_TOKENS = 1024  # tokens of a device whose float32 logits exist at once
 
 
 @flax.struct.dataclass
@@ -51,7 +51,7 @@ def _one_chunk(columns, kernel, hidden, targets, weights):
 
 
 def _chunked(*arrays):
-    count = max(1, -(-arrays[0].shape[0] * arrays[0].shape[1] // _CHUNK_TOKENS))
+    count = max(1, -(-arrays[0].shape[0] * arrays[0].shape[1] // CHUNK_TOKENS))
     return tuple(_chunks(a, count) for a in arrays)
 
 

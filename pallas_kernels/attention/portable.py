@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 512  # queries whose scores exist at once; keys after the block are never touched
+BLOCK = 512  # queries whose scores exist at once; keys after the block are never touched
 
 
 def _block(q: jax.Array, k: jax.Array, v: jax.Array, first: int, scale: float) -> jax.Array:
@@ -18,12 +18,12 @@ def _block(q: jax.Array, k: jax.Array, v: jax.Array, first: int, scale: float) -
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float) -> jax.Array:
     """See `pallas_kernels.causal_attention`. Memory grows with T · 512, not T · T."""
     length = q.shape[1]
-    if length <= _BLOCK:
+    if length <= BLOCK:
         return _block(q, k, v, 0, scale)
     # Blocks are recomputed in the backward pass: their scores never exist together.
     block = jax.checkpoint(_block, static_argnums=(3, 4))
     outputs = []
-    for first in range(0, length, _BLOCK):
-        last = min(first + _BLOCK, length)
+    for first in range(0, length, BLOCK):
+        last = min(first + BLOCK, length)
         outputs.append(block(q[:, first:last], k[:, :last], v[:, :last], first, scale))
     return jnp.concatenate(outputs, axis=1)

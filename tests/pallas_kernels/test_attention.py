@@ -13,7 +13,7 @@ from pallas_kernels.attention import portable, tpu
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(portable, "_BLOCK", 8)
+    monkeypatch.setattr(portable, "BLOCK", 8)
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 29])

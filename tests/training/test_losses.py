@@ -11,7 +11,7 @@ from dsv3_jax.training import losses
 @pytest.fixture
 def case(monkeypatch):
     """Chunks of 2 x 3 positions over a length of 11: four chunks, the last padded."""
-    monkeypatch.setattr(losses, "_CHUNK_TOKENS", 6)
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 6)
     keys = jax.random.split(jax.random.key(0), 4)
     hidden = jax.random.normal(keys[0], (2, 11, 7))
     kernel = jax.random.normal(keys[1], (7, 13))

@@ -1,0 +1,1 @@
+"""What a training run needs and how fast it can be, before a device is booked."""
