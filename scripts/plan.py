@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
         description="Does a run fit a cluster, and what bounds its speed.",
         allow_abbrev=False,
     )
-    parser.add_argument("--topology", metavar="CHIP:SHAPE", help="v5p:8x8x16, v6e:16x16, h100:128")
+    parser.add_argument("--topology", metavar="CHIP:SHAPE", help="such as v5p:8x8x16, h100:128")
     parser.add_argument("--memory-only", action="store_true", help="from shapes, without libtpu")
     parser.add_argument("--search", action="store_true", help="rank meshes and remat policies")
     parser.add_argument("--compile", type=int, default=0, metavar="N", help="so many of a search")

@@ -18,7 +18,6 @@ from jax.sharding import AbstractMesh, AxisType
 
 from dsv3_jax.config import (
     BatchConfig,
-    ConfigError,
     ModelConfig,
     ParallelConfig,
     RuntimeConfig,
@@ -26,7 +25,7 @@ from dsv3_jax.config import (
 )
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.experts import buffer_rows
-from dsv3_jax.parallel.placement import batch_sharding, state_shardings
+from dsv3_jax.parallel.placement import require_fit, state_shardings
 from dsv3_jax.training.losses import CHUNK_TOKENS
 from dsv3_jax.training.step import TrainState, init_state
 from pallas_kernels.attention.portable import BLOCK
@@ -125,15 +124,7 @@ def share_of(config: TrainConfig, sizes: Sizes) -> Share:
       ConfigError: the mesh does not divide the microbatch, the sequence or the network.
     """
     model, tensor = config.model, sizes["tensor"]
-    batch_sharding(abstract_mesh(sizes), config.batch.microbatch_size)  # raises if it must
-    for axis, name, size in (
-        ("expert", "n_routed_experts", model.n_routed_experts),
-        ("tensor", "moe_intermediate_size", model.moe_intermediate_size),
-        ("tensor", "num_attention_heads", model.num_attention_heads),
-        ("context", "sequence_length", config.data.sequence_length),
-    ):
-        if size % sizes[axis]:
-            raise ConfigError(f"parallel.{axis}={sizes[axis]} must divide {name}={size}")
+    require_fit(abstract_mesh(sizes), config)
     ways = sizes["replica"] * sizes["fsdp"] * sizes["expert"]
     sequences = config.batch.microbatch_size // ways
     tokens = sequences * config.data.sequence_length // sizes["context"]
@@ -260,6 +251,18 @@ def _working_bytes(
     logits = positions * share.vocab * (2 * FLOAT + itemsize)
     head = model.hidden_size * share.vocab * (FLOAT + 2 * itemsize)
     return max(*stacks, logits + head)
+
+
+def step_intermediates(config: TrainConfig, sizes: Sizes) -> int:
+    """Bytes of everything one device's layers compute on the way, forward, for one microbatch."""
+    share, model = share_of(config, sizes), config.model
+    itemsize = np.dtype(config.runtime.compute_dtype).itemsize
+    moe_layers = model.num_moe_layers + model.num_nextn_predict_layers
+    attention = share.tokens * sum(_attention_widths(model, share).values()) * itemsize
+    dense = 3 * share.tokens * share.ffn * itemsize
+    moe = _routed_bytes(config, share, itemsize) + _unrouted_bytes(config, share, itemsize)
+    layers = model.num_dense_layers + moe_layers
+    return layers * attention + model.num_dense_layers * dense + moe_layers * moe
 
 
 def estimate(config: TrainConfig, sizes: Sizes, *, scores: bool) -> Memory:

@@ -6,8 +6,8 @@ import jax
 
 from dsv3_jax.config import ConfigError, TrainConfig
 from dsv3_jax.parallel.mesh import mesh_sizes
-from dsv3_jax.parallel.rules import parameter_axes
-from dsv3_jax.planning.chips import GB, GIB, parse_topology
+from dsv3_jax.parallel.rules import parameter_table
+from dsv3_jax.planning.chips import GB, GIB, Topology, parse_topology
 from dsv3_jax.planning.memory import abstract_mesh, abstract_state
 from dsv3_jax.planning.plan import Plan, make_plan
 from dsv3_jax.planning.roofline import link_seconds
@@ -124,18 +124,43 @@ def describe_many(plans: Sequence[Plan]) -> str:
     return "\n".join(lines)
 
 
+def describe_scaling(config: TrainConfig, topologies: Sequence[Topology]) -> tuple[str, bool]:
+    """The best plan of a search on each cluster, a line each, and whether there is one on all."""
+    lines = [
+        f"{'cluster':<16}{'chips':>6}  {'mesh':<32}{'remat':<11}{'memory':>10}{'sent':>11}"
+        f"{'a step':>19}{'tokens/s a chip':>17}{'MFU':>15}"
+    ]
+    fits = True
+    for topology in topologies:
+        plans = search_plans(config, topology)
+        head = f"{topology.name:<16}{topology.chips:>6,}  "
+        if not plans:
+            lines.append(f"{head}nothing fits")
+            fits = False
+            continue
+        plan, bound = plans[0], plans[0].bound
+        times = (bound.hidden, bound.exposed)
+        sent = sum(c.sent for c in plan.collectives)
+        lines.append(
+            f"{head}{_mesh(plan.sizes):<32}{plan.config.runtime.remat_policy:<11}"
+            f"{_size(plan.memory.total):>10}{_size(sent):>11}"
+            f"{' to '.join(f'{t:.1f}' for t in times) + ' s':>19}"
+            f"{' to '.join(f'{bound.tokens_per_chip(t):,.0f}' for t in times):>17}"
+            f"{' to '.join(f'{bound.mfu(t):.1%}' for t in times):>15}"
+        )
+    return "\n".join(lines), fits
+
+
 def describe_parameters(config: TrainConfig, devices: int) -> str:
-    """Every parameter: its path, shape, axes of each dimension, and its part on a device."""
+    """Every parameter and expert bias: its shape, the axes that share it out, its part."""
     sizes = mesh_sizes(config.parallel, devices)
     state = abstract_state(config, abstract_mesh(sizes))
-    lines = [f"{'parameter':<62}{'shape':<24}{'axes':<44}on a device"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.router_state)):
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        axes = ", ".join("+".join(row) or "-" for row in parameter_axes(names))
-        local = "x".join(map(str, leaf.sharding.shard_shape(leaf.shape)))
-        shape = "x".join(map(str, leaf.shape))
-        lines.append(f"{'/'.join(names):<62}{shape:<24}{axes:<44}{local}")
-    return "\n".join(lines)
+    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.router_state))
+    shapes = {
+        tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey)): leaf.shape
+        for path, leaf in leaves
+    }
+    return parameter_table(sizes, shapes)
 
 
 def report(
@@ -151,7 +176,7 @@ def report(
 
     Args:
       config: the run.
-      topology_name: such as "v5p:8x8x16".
+      topology_name: such as "v5p:8x8x16"; for a search several, separated by commas.
       memory_only: compile nothing.
       search: rank meshes instead of planning the run's own.
       compiled: of a search, how many of the best to compile.
@@ -162,6 +187,11 @@ def report(
     """
     if topology_name is None:
         raise ConfigError("no cluster given (--topology, such as v5p:8x8x16 or h100:128)")
+    names = topology_name.split(",")
+    if len(names) > 1:
+        if not search:
+            raise ConfigError("several clusters (--topology A,B,...) are compared with --search")
+        return describe_scaling(config, [parse_topology(name) for name in names])
     topology = parse_topology(topology_name)
     if table:
         return describe_parameters(config, topology.devices), True

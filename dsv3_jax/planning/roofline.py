@@ -8,20 +8,27 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from dsv3_jax.config import TrainConfig
 from dsv3_jax.planning.chips import Topology
 from dsv3_jax.planning.hlo import Collective
-from dsv3_jax.planning.memory import Memory, Sizes
-from dsv3_jax.planning.traffic import executed_flops, microbatches, model_flops, step_tokens
+from dsv3_jax.planning.memory import Memory, Sizes, step_intermediates
+from dsv3_jax.planning.traffic import (
+    executed_flops,
+    layer_weights,
+    microbatches,
+    model_flops,
+    step_tokens,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
     """Seconds of one device in a step, and what follows from them.
 
-    arithmetic: executed FLOPs at peak. memory: weights, gradients, moments and activations once
-    through HBM. links: collectives one after the other, by mesh axes. tokens: of the step, on all
-    devices.
+    arithmetic: executed FLOPs at peak. memory: what goes through HBM. links: collectives one after
+    the other, by mesh axes. tokens: of the step, on all devices.
     """
 
     arithmetic: float
@@ -85,14 +92,19 @@ def link_seconds(collective: Collective, sizes: Sizes, topology: Topology) -> fl
     return collective.sent / (chip.link * chip.links)
 
 
-def _memory_traffic(config: TrainConfig, memory: Memory) -> float:
-    """Bytes through HBM in a step: each pass over weights and kept activations, and the update."""
+def _memory_traffic(config: TrainConfig, sizes: Sizes, memory: Memory) -> float:
+    """Bytes through HBM in a step, from shapes.
+
+    The update reads and writes parameters and moments and reads gradients. A microbatch writes and
+    reads gathered weights twice and adds their gradients; each intermediate of a layer is written
+    and read once forward, once more where it is computed again, and twice for its gradients.
+    """
     times = microbatches(config)
-    parameters = memory.parameters
-    # Update: parameters and moments in and out, gradients in.
-    update = 2 * parameters + 2 * memory.optimizer + parameters
-    # A microbatch: parameters read twice, gradients added; activations written and read.
-    each = 2 * parameters + 3 * parameters + 2 * memory.kept
+    itemsize = np.dtype(config.runtime.compute_dtype).itemsize
+    update = 2 * memory.parameters + 2 * memory.optimizer + memory.parameters
+    forward = 1 if config.runtime.remat_policy == "none" else 2
+    each = 5 * sum(layer_weights(config, sizes, itemsize)) + 3 * memory.parameters
+    each += 2 * (forward + 2) * step_intermediates(config, sizes)
     return update + times * each
 
 
@@ -111,7 +123,7 @@ def roofline(
         links[collective.axes] = links.get(collective.axes, 0.0) + seconds
     return Roofline(
         arithmetic=executed_flops(config) / devices / chip.peak,
-        memory=_memory_traffic(config, memory) / chip.hbm_bandwidth,
+        memory=_memory_traffic(config, sizes, memory) / chip.hbm_bandwidth,
         links=links,
         flops=model_flops(config),
         tokens=step_tokens(config),

@@ -52,7 +52,7 @@ def executed_flops(config: TrainConfig) -> int:
     return model_flops(config) + again * step_tokens(config)
 
 
-def _weights(config: TrainConfig, sizes: Sizes, itemsize: int) -> tuple[int, int]:
+def layer_weights(config: TrainConfig, sizes: Sizes, itemsize: int) -> tuple[int, int]:
     """Bytes of all layers' weights in the compute dtype: (outside the experts, experts here)."""
     model = config.model
     gathered = gathered_bytes(config, sizes, itemsize)
@@ -83,7 +83,7 @@ def estimate_collectives(config: TrainConfig, sizes: Sizes) -> list[Collective]:
     model = config.model
     mtp = model.num_nextn_predict_layers
     layers, moe_layers = model.num_hidden_layers + mtp, model.num_moe_layers + mtp
-    common, experts = _weights(config, sizes, itemsize)
+    common, experts = layer_weights(config, sizes, itemsize)
     found: list[Collective] = []
 
     def add(kind: str, axes: tuple[str, ...], size: float, calls: int) -> None:
