@@ -6,7 +6,8 @@ rounded to nearest, ties to even, and saturates. A tile of zeros has scale 1. A 
 finite spoils its own tile only. Tiles at the edge of an array may be partial.
 
 `implementation` is "portable" (plain JAX, any platform), "triton" (one pass over the numbers on
-NVIDIA GPUs, for sizes that its tiles divide) or None, which is "portable".
+NVIDIA GPUs, for sizes that its tiles divide) or None: "triton" where we trace for a Hopper GPU and
+its tiles divide the sizes, "portable" elsewhere.
 
 Scales of rows are stored tile by tile, [tiles, rows], because the matrix products read the scales
 of many rows for one tile of the contraction: next to each other in memory.
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import quantize_triton
-from pallas_kernels._choose import only_on_cuda
+from pallas_kernels._choose import is_hopper, only_on_cuda
 from pallas_kernels._e4m3 import E4M3, MAX_CODE, SMALLEST_SCALE, TILE
 
 _IMPLEMENTATIONS = ("portable", "triton")
@@ -88,6 +89,8 @@ def _fused(implementation: str | None, refusal: str | None, place: str) -> bool:
         raise ValueError(f"{implementation=} must be one of: {known} ({place})")
     if implementation == "triton" and refusal:
         raise ValueError(f"implementation='triton': {refusal} ({place})")
+    if implementation is None:
+        return is_hopper() and not refusal
     return implementation == "triton"
 
 
@@ -171,12 +174,45 @@ def swiglu_quantize(
     refusal = quantize_triton.refuses_rows(gate_up.shape[0], gate_up.shape[1] // 2)
     if _fused(implementation, refusal, "swiglu_quantize"):
         return quantize_triton.swiglu_quantize(_on_cuda(gate_up), row_weight)
-    return quantize_tiles(swiglu(gate_up, row_weight))
+    return quantize_tiles(swiglu(gate_up, row_weight), "portable")
 
 
 def token_tiles(rows: int, groups: int) -> int:
     """The most tiles of 128 rows that `groups` groups of `rows` rows in all can need."""
     return max(rows // TILE + min(groups, rows), 1)
+
+
+class _Tiling(NamedTuple):
+    """The tiles of 128 rows of one group: int32 [G] first, count; int32 [T] row, live."""
+
+    first: jax.Array
+    count: jax.Array
+    row: jax.Array
+    live: jax.Array
+
+
+def _tiling(rows: int, group_sizes: jax.Array) -> _Tiling:
+    groups = group_sizes.shape[0]
+    count = (group_sizes + TILE - 1) // TILE
+    tile_ends = jnp.cumsum(count)
+    first = tile_ends - count
+    starts = jnp.cumsum(group_sizes) - group_sizes
+    tiles = jnp.arange(token_tiles(rows, groups))
+    group = jnp.searchsorted(tile_ends, tiles, side="right", method="compare_all")
+    group = jnp.minimum(group, groups - 1)
+    row = starts[group] + (tiles - first[group]) * TILE
+    live = jnp.clip(starts[group] + group_sizes[group] - row, 0, TILE)
+    return _Tiling(*(a.astype(jnp.int32) for a in (first, count, row, live)))
+
+
+def _transposed_tiles(x: jax.Array, tiling: _Tiling) -> TokenTiles:
+    inside = jnp.arange(TILE)
+    mine = inside < tiling.live[:, None]
+    row = jnp.where(mine, tiling.row[:, None] + inside, 0)
+    values = jnp.where(mine[..., None], x[row].astype(jnp.float32), 0)
+    scale = _scale(values, (1,))
+    codes = _codes(values, scale).reshape(-1, x.shape[1]).T
+    return TokenTiles(codes, scale[:, 0], tiling.first, tiling.count)
 
 
 def transpose_quantize(
@@ -192,26 +228,81 @@ def transpose_quantize(
     Raises:
       ValueError: an unknown implementation, or one that cannot take `x`.
     """
-    rows, channels = x.shape
-    groups = group_sizes.shape[0]
-    count = (group_sizes + TILE - 1) // TILE
-    tile_ends = jnp.cumsum(count)
-    first = tile_ends - count
-    starts = jnp.cumsum(group_sizes) - group_sizes
-    tiles = jnp.arange(token_tiles(rows, groups))
-    group = jnp.searchsorted(tile_ends, tiles, side="right", method="compare_all")
-    group = jnp.minimum(group, groups - 1)
-    start = starts[group] + (tiles - first[group]) * TILE
-    live = jnp.clip(starts[group] + group_sizes[group] - start, 0, TILE)
-    if _fused(implementation, quantize_triton.refuses_tokens(channels), "transpose_quantize"):
-        kernel = quantize_triton.transpose_quantize
-        codes, scale = kernel(_on_cuda(x), start.astype(jnp.int32), live.astype(jnp.int32))
+    tiling = _tiling(x.shape[0], group_sizes)
+    refusal = quantize_triton.refuses_tokens(x.shape[1])
+    if not _fused(implementation, refusal, "transpose_quantize"):
+        return _transposed_tiles(x, tiling)
+    codes, scale = quantize_triton.transpose_quantize(_on_cuda(x), tiling.row, tiling.live)
+    return TokenTiles(codes, scale, tiling.first, tiling.count)
+
+
+def quantize_both(
+    x: jax.Array, group_sizes: jax.Array, implementation: str | None = None
+) -> tuple[tuple[jax.Array, jax.Array], TokenTiles]:
+    """`quantize_tiles` and `transpose_quantize` of `x`, which is read once.
+
+    Codes and scales of rows past the sum of the sizes may be anything.
+
+    Raises:
+      ValueError: an unknown implementation, or one that cannot take `x`.
+    """
+    tiling = _tiling(x.shape[0], group_sizes)
+    if not _fused(implementation, quantize_triton.refuses_both(x.shape[1]), "quantize_both"):
+        return quantize_tiles(x, "portable"), _transposed_tiles(x, tiling)
+    kernel = quantize_triton.quantize_both
+    codes, scale, *turned = kernel(_on_cuda(x), tiling.row, tiling.live)
+    return (codes, scale), TokenTiles(*turned, tiling.first, tiling.count)
+
+
+class SwigluGradient(NamedTuple):
+    """What the backward products of a SwiGLU MLP multiply.
+
+    Attributes:
+      rows: codes e4m3 [M, 2F] and scales float32 [ceil(2F / 128), M] of the gradient of `gate_up`.
+      tokens: the same gradient, transposed.
+      hidden: the activation, transposed.
+      row_weight: float32 [M], the gradient of `row_weight`.
+    """
+
+    rows: tuple[jax.Array, jax.Array]
+    tokens: TokenTiles
+    hidden: TokenTiles
+    row_weight: jax.Array
+
+
+def swiglu_backward(
+    gate_up: jax.Array,
+    dh: jax.Array,
+    row_weight: jax.Array,
+    group_sizes: jax.Array,
+    implementation: str | None = None,
+) -> SwigluGradient:
+    """The gradient of `swiglu`, quantised both ways, and the activation again, in one pass.
+
+    Args:
+      gate_up: floating [M, 2F], all gates before all ups, rows sorted by group.
+      dh: floating [M, F], the gradient of the activation.
+      row_weight: floating [M].
+      group_sizes: int32 [G]. Codes and scales of rows past their sum may be anything, and the
+        gradients of their weights are zeros.
+      implementation: see the module.
+
+    Raises:
+      ValueError: an unknown implementation, or one that cannot take `dh`.
+    """
+    tiling = _tiling(dh.shape[0], group_sizes)
+    groups = tiling.first, tiling.count
+    if _fused(implementation, quantize_triton.refuses_both(dh.shape[1]), "swiglu_backward"):
+        operands = _on_cuda(gate_up), dh, row_weight, tiling.row, tiling.live
+        codes, scale, *turned, sums = quantize_triton.swiglu_backward(*operands)
+        rows, tokens, hidden = (codes, scale), turned[:2], turned[2:]
+        tokens, hidden = TokenTiles(*tokens, *groups), TokenTiles(*hidden, *groups)
+        d_weight = jnp.sum(sums, axis=0)
     else:
-        inside = jnp.arange(TILE)
-        mine = inside < live[:, None]
-        row = jnp.where(mine, start[:, None] + inside, 0)
-        values = jnp.where(mine[..., None], x[row].astype(jnp.float32), 0)
-        scale = _scale(values, (1,))
-        codes = _codes(values, scale).reshape(-1, channels).T
-        scale = scale[:, 0]
-    return TokenTiles(codes, scale, first.astype(jnp.int32), count.astype(jnp.int32))
+        wide = gate_up.astype(jnp.float32), row_weight.astype(jnp.float32)
+        h, vjp = jax.vjp(swiglu, *wide)
+        d_gate_up, d_weight = vjp(dh.astype(jnp.float32))
+        rows = quantize_tiles(d_gate_up, "portable")
+        tokens, hidden = _transposed_tiles(d_gate_up, tiling), _transposed_tiles(h, tiling)
+    used = jnp.arange(dh.shape[0]) < jnp.sum(group_sizes)
+    return SwigluGradient(rows, tokens, hidden, jnp.where(used, d_weight, 0))

@@ -48,17 +48,21 @@ def _store_rows(x: jax.Array, codes, scale) -> None:
     scale[...] = row_scale[None, :]
 
 
+def _row_shapes(rows: int, channels: int) -> tuple:
+    return (
+        jax.ShapeDtypeStruct((rows, channels), E4M3),
+        jax.ShapeDtypeStruct((channels // TILE, rows), jnp.float32),
+    )
+
+
 def _rows_call(body, operands, shape, in_specs, *, name, interpret):
     rows, columns = shape
-    shapes = (
-        jax.ShapeDtypeStruct((rows, columns), E4M3),
-        jax.ShapeDtypeStruct((columns // TILE, rows), jnp.float32),
-    )
     out_specs = (
         pl.BlockSpec((_ROWS, TILE), lambda i, j: (i, j)),
         pl.BlockSpec((1, _ROWS), lambda i, j: (j, i)),
     )
     grid = rows // _ROWS, columns // TILE
+    shapes = _row_shapes(rows, columns)
     return _call(body, grid, shapes, in_specs, out_specs, warps=4, name=name, interpret=interpret)(
         *operands
     )
@@ -148,6 +152,18 @@ def refuses_tokens(channels: int) -> str | None:
     return f"{channels=} must be a multiple of {_CHANNELS}" if channels % _CHANNELS else None
 
 
+def refuses_both(channels: int) -> str | None:
+    """Why `quantize_both` and `swiglu_backward` cannot take so many channels, or None."""
+    return f"{channels=} must be a multiple of {TILE}" if channels % TILE else None
+
+
+def _token_shapes(channels: int, tiles: int) -> tuple:
+    return (
+        jax.ShapeDtypeStruct((channels, tiles * TILE), E4M3),
+        jax.ShapeDtypeStruct((tiles, channels), jnp.float32),
+    )
+
+
 def transpose_quantize(
     x: jax.Array, row: jax.Array, live: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -160,31 +176,134 @@ def transpose_quantize(
     (_, channels), tiles = x.shape, row.shape[0]
 
     def body(row, live, x, codes, scale):
-        first = pl.program_id(1) * _CHANNELS
-        tile = pl.program_id(0)
-        inside = lax.broadcasted_iota(jnp.int32, (TILE, _CHANNELS), 0)
-        rows = plgpu.load(
-            x.at[pl.ds(row[tile], TILE), pl.ds(first, _CHANNELS)],
-            mask=inside < live[tile],
-            other=0.0,
-        ).astype(jnp.float32)
-        channel_scale = _scale(jnp.max(jnp.abs(rows), axis=0))
-        codes[...] = _codes(rows, channel_scale[None, :]).T
-        scale[...] = channel_scale[None, :]
+        tile, column = _Tile(row, live, _CHANNELS), pl.program_id(1)
+        tile.store_transposed(tile.load(x, column), codes, scale, column)
 
     return _call(
         body,
         (tiles, channels // _CHANNELS),
-        (
-            jax.ShapeDtypeStruct((channels, tiles * TILE), E4M3),
-            jax.ShapeDtypeStruct((tiles, channels), jnp.float32),
-        ),
-        [_WHOLE, _WHOLE, _WHOLE],
-        (
-            pl.BlockSpec((_CHANNELS, TILE), lambda t, c: (c, t)),
-            pl.BlockSpec((1, _CHANNELS), lambda t, c: (t, c)),
-        ),
+        _token_shapes(channels, tiles),
+        [_WHOLE] * 3,
+        (_WHOLE,) * 2,
         warps=4,
         name="transpose_quantize",
         interpret=interpret,
     )(row, live, x)
+
+
+class _Tile:
+    """A program's 128 rows of one group, of which the first `live` are there."""
+
+    def __init__(self, row, live, channels: int):
+        self.tile, self.channels = pl.program_id(0), channels
+        self.rows, self.live = pl.ds(row[self.tile], TILE), live[self.tile]
+        self.mask = lax.broadcasted_iota(jnp.int32, (TILE, channels), 0) < self.live
+
+    def _at(self, ref, column):
+        return ref.at[self.rows, pl.ds(column * self.channels, self.channels)]
+
+    def load(self, ref, column) -> jax.Array:
+        """Columns `column * channels`.. of the rows, float32, zeros for rows that are not there."""
+        return plgpu.load(self._at(ref, column), mask=self.mask, other=0.0).astype(jnp.float32)
+
+    def load_rows(self, ref) -> jax.Array:
+        """A number a row, float32 [128, 1]."""
+        mask = lax.iota(jnp.int32, TILE) < self.live
+        numbers = plgpu.load(ref.at[self.rows], mask=mask, other=0.0)
+        return numbers.astype(jnp.float32)[:, None]
+
+    def store_rows(self, ref, column, numbers: jax.Array) -> None:
+        """A number a row to line `column` of `ref` [columns, M]."""
+        mask = lax.iota(jnp.int32, TILE) < self.live
+        plgpu.store(ref.at[column, self.rows], numbers, mask=mask)
+
+    def store_transposed(self, x: jax.Array, codes, scale, column) -> None:
+        """Quantises `x` float32 [128, channels] in tiles of one column, transposed."""
+        channel_scale = _scale(jnp.max(jnp.abs(x), axis=0))
+        own = pl.ds(column * self.channels, self.channels)
+        turned = _codes(x, channel_scale[None, :]).T
+        plgpu.store(codes.at[own, pl.ds(self.tile * TILE, TILE)], turned)
+        plgpu.store(scale.at[self.tile, own], channel_scale)
+
+    def store_both(self, x: jax.Array, codes, scale, token_codes, token_scale, column) -> None:
+        """Quantises `x` float32 [128, 128] in tiles of one row and, transposed, of one column."""
+        row_scale = _scale(jnp.max(jnp.abs(x), axis=1))
+        plgpu.store(self._at(codes, column), _codes(x, row_scale[:, None]), mask=self.mask)
+        self.store_rows(scale, column, row_scale)
+        self.store_transposed(x, token_codes, token_scale, column)
+
+
+def quantize_both(
+    x: jax.Array, row: jax.Array, live: jax.Array, *, interpret: bool = False
+) -> tuple[jax.Array, ...]:
+    """`quantize_tiles` and `transpose_quantize` of x [M, K] in one pass; rows of no tile: anything.
+
+    Returns:
+      Codes [M, K], scales [K / 128, M], codes [K, 128 T], scales [T, K].
+    """
+    (rows, channels), tiles = x.shape, row.shape[0]
+
+    def body(row, live, x, *outs):
+        tile, column = _Tile(row, live, TILE), pl.program_id(1)
+        tile.store_both(tile.load(x, column), *outs, column)
+
+    return _call(
+        body,
+        (tiles, channels // TILE),
+        (*_row_shapes(rows, channels), *_token_shapes(channels, tiles)),
+        [_WHOLE] * 3,
+        (_WHOLE,) * 4,
+        warps=8,
+        name="quantize_both",
+        interpret=interpret,
+    )(row, live, x)
+
+
+def swiglu_backward(
+    gate_up: jax.Array,
+    dh: jax.Array,
+    row_weight: jax.Array,
+    row: jax.Array,
+    live: jax.Array,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """Gradients of `swiglu` for gate_up [M, 2F], dh [M, F], row_weight [M], quantised both ways.
+
+    Returns:
+      Of the gradient of `gate_up`: codes [M, 2F], scales [2F / 128, M] and, transposed, codes
+      [2F, 128 T], scales [T, 2F]. Of the activation, transposed: codes [F, 128 T], scales [T, F].
+      float32 [F / 128, M], which add up to the gradient of `row_weight`. Rows of no tile: anything.
+    """
+    (rows, columns), tiles = dh.shape, row.shape[0]
+    blocks = columns // TILE
+
+    def body(row, live, gate_up, dh, weight, codes, scale, *outs):
+        both_ways, hidden, sums = (codes, scale, *outs[:2]), outs[2:4], outs[4]
+        tile, column = _Tile(row, live, TILE), pl.program_id(1)
+        gate, up = tile.load(gate_up, column), tile.load(gate_up, column + blocks)
+        d_hidden, factor = tile.load(dh, column), tile.load_rows(weight)
+        sigmoid = 1 / (1 + jnp.exp(-gate))
+        silu = gate * sigmoid
+        tile.store_rows(sums, column, jnp.sum(d_hidden * silu * up, axis=1))
+        tile.store_transposed(silu * up * factor, *hidden, column)
+        d_hidden = d_hidden * factor
+        tile.store_both(d_hidden * silu, *both_ways, column + blocks)
+        d_silu = sigmoid + silu * (1 - sigmoid)
+        tile.store_both(d_hidden * up * d_silu, *both_ways, column)
+
+    return _call(
+        body,
+        (tiles, blocks),
+        (
+            *_row_shapes(rows, 2 * columns),
+            *_token_shapes(2 * columns, tiles),
+            *_token_shapes(columns, tiles),
+            jax.ShapeDtypeStruct((blocks, rows), jnp.float32),
+        ),
+        [_WHOLE] * 5,
+        (_WHOLE,) * 7,
+        warps=16,
+        name="swiglu_backward",
+        interpret=interpret,
+    )(row, live, gate_up, dh, row_weight)

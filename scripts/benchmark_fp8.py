@@ -1,16 +1,20 @@
 """FP8 grouped matmul beside bfloat16 and what a user could pick instead, on one GPU.
 
     python scripts/benchmark_fp8.py [options of benchmark_kernels.py] [--fp8-tile wgrad:chain=4 ...]
-    python scripts/benchmark_fp8.py --quantisers [--shapes A,B]
+    python scripts/benchmark_fp8.py --whole [--shapes A] [--rounds 5] [--json FILE]
 
 Rows of `ours fp8` time the product of operands that were quantised beforehand, and their `error` is
-the distance from the float32 product of the dequantised operands. `--quantisers` times what that
-leaves out, and the whole differentiable operation, forward and backward, in FP8 and in bfloat16.
+the distance from the float32 product of the dequantised operands. `--whole` times what that leaves
+out: each quantiser ("scales apart, share of codes apart, most steps of a code apart" from the
+portable one), and whole operations, forward and backward, in FP8 and in bfloat16 (relative L2
+distance of the result and of each gradient): the grouped matmul of the shape and the SwiGLU experts
+whose gate and up projection it is.
 """
 
 import argparse
 import dataclasses
 import functools
+import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,7 +27,12 @@ import numpy as np
 import torch
 
 from pallas_kernels import grouped_matmul, quantize
-from pallas_kernels.grouped_matmul import hopper_fp8_groups, hopper_fp8_rows, hopper_fp8_tiles
+from pallas_kernels.grouped_matmul import (
+    fp8_mlp,
+    hopper_fp8_groups,
+    hopper_fp8_rows,
+    hopper_fp8_tiles,
+)
 from pallas_kernels.grouped_matmul.fp8 import grouped_matmul_fp8
 
 
@@ -124,55 +133,136 @@ def register_tile(spec: str) -> None:
     base.REGISTRY[operation][f"fp8 {rest}"] = build
 
 
-def time_quantisers(shape: str) -> None:
-    """Milliseconds and bytes a second of each quantiser, and of the whole operation."""
-    problem = base.Problem(shape)
+def quantisers(problem: base.Problem) -> dict[str, tuple[Callable, tuple, float]]:
+    """name -> (quantiser, operands, bytes it must move) at the sizes of a problem."""
     x, dy, w, sizes = problem.jax_x, problem.jax_dy, problem.jax_w, problem.jax_sizes
-    runs: dict[str, tuple[Callable, tuple, float]] = {}
-    for name in ("portable", "triton"):
-        tiles, tokens, weights, swiglu = (
-            jax.jit(functools.partial(f, implementation=name))
-            for f in (
-                quantize.quantize_tiles,
-                quantize.transpose_quantize,
-                quantize.quantize_weights,
-                quantize.swiglu_quantize,
+    weight = jnp.ones(problem.rows)
+    return {
+        "rows": (quantize.quantize_tiles, (x,), 3 * x.size),
+        "tokens": (quantize.transpose_quantize, (x, sizes), 3 * x.size),
+        "rows and tokens": (quantize.quantize_both, (x, sizes), 4 * x.size),
+        "weights": (quantize.quantize_weights, (w,), 4 * w.size),
+        "swiglu": (quantize.swiglu_quantize, (x, weight), 2.5 * x.size),
+        # The gradient of the activation has half the columns of `dy`.
+        "swiglu backward": (
+            quantize.swiglu_backward,
+            (dy, dy[:, : dy.shape[1] // 2], weight, sizes),
+            5.5 * dy.size,
+        ),
+    }
+
+
+def _apart(ours: Any, theirs: Any) -> str:
+    """Largest relative distance of scales and sums, share of codes that differ, most steps."""
+    far, differing, codes, steps = 0.0, 0.0, 0, 0
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        if mine.dtype == jnp.float8_e4m3fn:
+            bits = (
+                jax.lax.bitcast_convert_type(a, jnp.int8).astype(jnp.int16) for a in (mine, other)
             )
+            gap = jnp.abs(jnp.subtract(*bits))
+            differing, codes = differing + float((gap > 0).sum()), codes + gap.size
+            steps = max(steps, int(gap.max()))
+        elif mine.dtype == jnp.float32:
+            far = max(far, float(jnp.max(jnp.abs(mine - other)) / jnp.max(jnp.abs(other))))
+    return f"{far:.0e} {differing / codes:.0e} {steps}"
+
+
+def _forward_and_backward(operation: Callable) -> Callable:
+    """jit of `operation(first, *weights)` and its gradients for `dy`, all of them computed."""
+
+    @jax.jit
+    def run(dy, operands, shared):
+        out, vjp = jax.vjp(lambda *operands: operation(*operands, shared), *operands)
+        return out, vjp(dy)
+
+    return run
+
+
+def _mlp_bfloat16(x, gate_up, down, sizes):
+    both = grouped_matmul(x, gate_up, sizes).astype(jnp.float32)
+    gate, up = jnp.split(both, 2, axis=1)
+    return grouped_matmul((jax.nn.silu(gate) * up).astype(x.dtype), down, sizes)
+
+
+def operations(problem: base.Problem) -> dict[str, tuple[Callable, tuple]]:
+    """name -> (run, operands): one grouped matmul, and the experts that it is the first part of."""
+    x, dy, w, sizes = problem.jax_x, problem.jax_dy, problem.jax_w, problem.jax_sizes
+    down = jnp.swapaxes(w[:, :, : problem.n // 2], 1, 2)
+    weights = jax.jit(quantize.quantize_weights)(w)
+    experts = jax.jit(fp8_mlp.quantize_experts)(w, down)
+    run = _forward_and_backward
+    product = run(lambda x, w, shared: grouped_matmul_fp8(x, w, sizes, weights=shared))
+    mlp = run(lambda x, w, down, shared: fp8_mlp.expert_mlp_fp8(x, w, down, sizes, weights=shared))
+    bfloat16 = run(lambda x, w, _: grouped_matmul(x, w, sizes))
+    mlp_bfloat16 = run(lambda x, w, down, _: _mlp_bfloat16(x, w, down, sizes))
+    return {
+        "matmul bfloat16": (bfloat16, (dy, (x, w), None)),
+        "matmul fp8": (product, (dy, (x, w), None)),
+        "matmul fp8, weights quantised": (product, (dy, (x, w), weights)),
+        "experts bfloat16": (mlp_bfloat16, (x, (x, w, down), None)),
+        "experts fp8": (mlp, (x, (x, w, down), None)),
+        "experts fp8, weights quantised": (mlp, (x, (x, w, down), experts)),
+    }
+
+
+def time_operations(shape: str, rounds: int) -> list[dict]:
+    """Each quantiser, and whole operations forward and backward, FP8 beside bfloat16."""
+    problem = base.Problem(shape)
+    runs: dict[str, Callable] = {}
+    notes: dict[str, str] = {}
+    size: dict[str, float] = {}
+    for name, (quantiser, operands, moved) in quantisers(problem).items():
+        results = {}
+        for way in ("portable", "triton"):
+            run = jax.jit(functools.partial(quantiser, implementation=way))
+            key = f"{way} {name}"
+            runs[key], size[key] = functools.partial(run, *operands), moved
+            results[way] = jax.block_until_ready(runs[key]())
+        notes[f"triton {name}"] = _apart(results["triton"], results["portable"])
+    exact: dict[str, Any] = {}
+    for name, (run, operands) in operations(problem).items():
+        runs[name] = functools.partial(run, *operands)
+        result = jax.block_until_ready(runs[name]())
+        kind = name.split()[0]
+        pairs = zip(
+            jax.tree.leaves(result), jax.tree.leaves(exact.setdefault(kind, result)), strict=True
         )
-        runs[f"{name} tiles"] = tiles, (x,), 3 * x.size
-        runs[f"{name} tokens"] = tokens, (x, sizes), 3 * x.size
-        runs[f"{name} weights"] = weights, (w,), 4 * w.size
-        runs[f"{name} swiglu"] = swiglu, (x,), 2.5 * x.size
-    for name, operation in (
-        ("fp8", functools.partial(grouped_matmul_fp8, implementation="hopper")),
-        ("bfloat16", grouped_matmul),
-    ):
+        notes[name] = " ".join(f"{_distance(mine, other):.3f}" for mine, other in pairs)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for i in np.random.default_rng(0).permutation(len(runs)):
+            name = list(runs)[i]
+            times[name].append(base.seconds(runs[name], 5))
+    records = []
+    for name, measured in times.items():
+        ms = statistics.median(measured) * 1e3
+        record = {"shape": shape, "name": name, "ms": ms, "note": notes.get(name, "")}
+        rate = f"{size[name] / ms / 1e6:7.0f} GB/s" if name in size else " " * 12
+        print(f"{shape:4}{name:34}{ms:9.3f} ms {rate}  {record['note']}", flush=True)
+        records.append(record)
+    return records
 
-        @jax.jit
-        def both(x, w, dy, operation=operation):
-            out, vjp = jax.vjp(lambda x, w: operation(x, w, sizes), x, w)
-            return out, *vjp(dy)
 
-        runs[f"{name} forward and backward"] = both, (x, w, dy), float("nan")
-    for name, (run, operands, size) in runs.items():
-        start = functools.partial(lambda run, operands: run(*operands)[0], run, operands)
-        try:
-            jax.block_until_ready(start())
-        except Exception as error:  # a line of the table, not the end
-            print(f"{shape:7}{name:34} {type(error).__name__}: {str(error)[:90]}")
-            continue
-        ms = statistics.median(base.seconds(start, 5) for _ in range(5)) * 1e3
-        print(f"{shape:7}{name:34}{ms:9.3f} ms {size / ms / 1e6:7.0f} GB/s", flush=True)
+def _distance(mine: jax.Array, other: jax.Array) -> float:
+    """Relative L2 distance."""
+    mine, other = (a.astype(jnp.float32) for a in (mine, other))
+    return float(jnp.linalg.norm((mine - other).ravel()) / jnp.linalg.norm(other.ravel()))
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
     parser.add_argument("--fp8-tile", action="append", default=[])
-    parser.add_argument("--quantisers", action="store_true")
+    parser.add_argument("--whole", action="store_true")
     options, rest = parser.parse_known_args(arguments)
-    if options.quantisers:
-        for shape in base.parse(rest).shapes:
-            time_quantisers(shape)
+    if options.whole:
+        base_options = base.parse(rest)
+        print(f"{torch.cuda.get_device_name()}, jax {jax.__version__}", flush=True)
+        records = []
+        for shape in base_options.shapes:
+            records += time_operations(shape, base_options.rounds)
+        if base_options.json:
+            base_options.json.write_text(json.dumps(records, indent=1))
         return 0
     for spec in options.fp8_tile:
         register_tile(spec)

@@ -12,15 +12,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._choose import choose
+from pallas_kernels._choose import choose, is_hopper
 from pallas_kernels._e4m3 import E4M3, TILE
 from pallas_kernels.grouped_matmul import fp8_portable, hopper_fp8
 from pallas_kernels.quantize import (
     TokenTiles,
     Weights,
+    quantize_both,
     quantize_tiles,
     quantize_weights,
-    transpose_quantize,
 )
 
 _MULTIPLY = {"portable": fp8_portable.multiply, "hopper": hopper_fp8.multiply}
@@ -30,9 +30,14 @@ _MULTIPLY_GROUPS = {
 }
 
 
-def _pick(place: str, table: dict[str, Callable], implementation: str | None) -> Callable:
-    # The Hopper kernels have run in a simulator only since they last changed: they must be named.
-    return choose(place, table, implementation or "portable")
+def _pick(
+    place: str, table: dict[str, Callable], name: str | None, dtype: jnp.dtype, *sizes: int
+) -> Callable:
+    """The implementation of that name, or the one for the chip that is traced for."""
+    if name is None:
+        fits = is_hopper() and hopper_fp8.refusal(dtype, *sizes) is None
+        name = "hopper" if fits else "portable"
+    return choose(place, table, name)
 
 
 def grouped_matmul_quantized(
@@ -57,8 +62,8 @@ def grouped_matmul_quantized(
       w_scale: float32 [G, ceil(O / 128), ceil(C / 128)].
       group_sizes: int32 [G], not negative, sum at most M (not checked: it is data).
       dtype: of the result.
-      implementation: "portable", which is also None, or "hopper" (GPUs of compute capability 9.0;
-        checked in a simulator, not yet on a chip).
+      implementation: "portable" (any platform), "hopper" (bfloat16 results on an H100, an H200 or
+        their like), or None to pick for the chip that is traced for, as `grouped_matmul` does.
 
     Returns:
       [M, O].
@@ -79,7 +84,7 @@ def grouped_matmul_quantized(
         raise ValueError(
             f"{group_sizes.shape=}, {group_sizes.dtype=} must be {w.shape[:1]}, integer ({place})"
         )
-    run = _pick(place, _MULTIPLY, implementation)
+    run = _pick(place, _MULTIPLY, implementation, dtype, *x.shape, *w.shape)
     return run(x, x_scale, w, w_scale, group_sizes.astype(jnp.int32), dtype)
 
 
@@ -100,52 +105,50 @@ def grouped_matmul_of_tokens(
             f"{x.codes.shape=}, {x.first.shape=} and {dy.codes.shape=}, {dy.first.shape=} must "
             f"agree in rows and groups ({place})"
         )
-    run = _pick(place, _MULTIPLY_GROUPS, implementation)
+    sizes = x.codes.shape[0], dy.codes.shape[0], x.first.shape[0]
+    run = _pick(place, _MULTIPLY_GROUPS, implementation, dtype, *sizes)
     return run(x, dy, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _grouped_matmul_fp8(x, w, group_sizes, weights, implementation):
-    return _forward(x, w, group_sizes, weights, implementation)[0]
+    weights = quantize_weights(w) if weights is None else weights
+    return _product(quantize_tiles(x), group_sizes, weights, implementation, x.dtype)
+
+
+def _product(x, group_sizes, weights, implementation, dtype):
+    w, scale = weights.turned, weights.scale.mT
+    return grouped_matmul_quantized(
+        *x, w, scale, group_sizes, dtype=dtype, implementation=implementation
+    )
 
 
 def _forward(x, w, group_sizes, weights, implementation):
     weights = quantize_weights(w) if weights is None else weights
-    x_codes, x_scale = quantize_tiles(x)
-    out = grouped_matmul_quantized(
-        x_codes,
-        x_scale,
-        weights.turned,
-        weights.scale.mT,
-        group_sizes,
-        dtype=x.dtype,
-        implementation=implementation,
-    )
-    return out, (x, weights.codes, weights.scale, group_sizes)
+    rows, tokens = quantize_both(x, group_sizes)
+    out = _product(rows, group_sizes, weights, implementation, x.dtype)
+    return out, (tokens, weights.codes, weights.scale, group_sizes)
 
 
 def _backward(implementation, residuals, dy):
-    x, w_codes, w_scale, group_sizes = residuals
-    dy_codes, dy_scale = quantize_tiles(dy)
-    dx = grouped_matmul_quantized(
-        dy_codes,
-        dy_scale,
-        w_codes,
-        w_scale,
-        group_sizes,
-        dtype=x.dtype,
-        implementation=implementation,
-    )
-    dw = grouped_matmul_of_tokens(
-        transpose_quantize(x, group_sizes),
-        transpose_quantize(dy, group_sizes),
-        dtype=x.dtype,
-        implementation=implementation,
-    )
-    return dx, dw, None, None
+    x_tokens, w_codes, w_scale, group_sizes = residuals
+    options = {"dtype": dy.dtype, "implementation": implementation}
+    rows, tokens = quantize_both(dy, group_sizes)
+    dx = grouped_matmul_quantized(*rows, w_codes, w_scale, group_sizes, **options)
+    return dx, grouped_matmul_of_tokens(x_tokens, tokens, **options), None, None
 
 
 _grouped_matmul_fp8.defvjp(_forward, _backward)
+
+
+def check_operands(x, w, weights: Weights | None, place: str) -> None:
+    """Raises ValueError if rows, matrices and quantised matrices do not fit."""
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"{x.shape=}, {w.shape=} must be [M, K], [G, K, N] ({place})")
+    if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{x.dtype=} and {w.dtype=} must be one floating dtype ({place})")
+    if weights is not None and weights.codes.shape != w.shape:
+        raise ValueError(f"{weights.codes.shape=} must be {w.shape=} ({place})")
 
 
 def grouped_matmul_fp8(
@@ -167,8 +170,8 @@ def grouped_matmul_fp8(
       x: rows sorted by group, [M, K], bfloat16 or float32.
       w: one matrix a group, [G, K, N], the dtype of `x`.
       group_sizes: int32 [G], not negative, sum at most M (not checked: it is data).
-      implementation: "portable", which is also None, or "hopper" (GPUs of compute capability 9.0;
-        checked in a simulator, not yet on a chip).
+      implementation: "portable" (any platform), "hopper" (bfloat16 results on an H100, an H200 or
+        their like), or None to pick for the chip that is traced for, as `grouped_matmul` does.
       weights: `quantize_weights(w)`, to share it between calls; `w` then only gets its gradient.
 
     Returns:
@@ -177,12 +180,5 @@ def grouped_matmul_fp8(
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that cannot run.
     """
-    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1]:
-        raise ValueError(f"{x.shape=}, {w.shape=} must be [M, K], [G, K, N] (grouped_matmul_fp8)")
-    if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"{x.dtype=} and {w.dtype=} must be one floating dtype (grouped_matmul_fp8)"
-        )
-    if weights is not None and weights.codes.shape != w.shape:
-        raise ValueError(f"{weights.codes.shape=} must be {w.shape=} (grouped_matmul_fp8)")
+    check_operands(x, w, weights, "grouped_matmul_fp8")
     return _grouped_matmul_fp8(x, w, group_sizes, weights, implementation)

@@ -16,7 +16,7 @@ from pallas_kernels import _compat
 from pallas_kernels._e4m3 import E4M3, TILE
 from pallas_kernels.grouped_matmul import hopper_pipeline as pipeline
 from pallas_kernels.grouped_matmul.hopper_fp8_sums import Products, promoted_sum
-from pallas_kernels.grouped_matmul.hopper_fp8_tiles import OPERAND, GroupTile
+from pallas_kernels.grouped_matmul.hopper_fp8_tiles import OPERAND, GroupTile, group_tile
 from pallas_kernels.grouped_matmul.hopper_tiles import ATOM
 from pallas_kernels.quantize import TokenTiles
 
@@ -25,20 +25,24 @@ def multiply_groups(
     x: TokenTiles, dy: TokenTiles, *, tile: GroupTile | None = None, interpret: bool = False
 ) -> jax.Array:
     """Operands [K, P] and [N, P] -> bfloat16 [G, K, N]; K and N are multiples of 128."""
-    tile = tile or GroupTile()
     (k, _), n, groups = x.codes.shape, dy.codes.shape[0], x.first.shape[0]
+    tile = tile or group_tile(k, n)
+    if n % tile.columns or k % (TILE * tile.cluster):
+        raise ValueError(
+            f"{k=}, {n=} must be multiples of {TILE=} times {tile.cluster=}, {tile.columns=}"
+        )
     kernel = pipeline.launch(
         functools.partial(_body, tile=tile),
         jax.ShapeDtypeStruct((groups, k, n), jnp.bfloat16),
         {
             "x_slots": plgpu.SMEM((tile.stages, TILE, TILE), E4M3, transforms=OPERAND),
-            "dy_slots": plgpu.SMEM((tile.stages, TILE, TILE), E4M3, transforms=OPERAND),
+            "dy_slots": plgpu.SMEM((tile.stages, tile.columns, TILE), E4M3, transforms=OPERAND),
             "x_scales": plgpu.SMEM((tile.stages, TILE), jnp.float32),
-            "dy_scales": plgpu.SMEM((tile.stages, TILE), jnp.float32),
+            "dy_scales": plgpu.SMEM((tile.stages, tile.columns), jnp.float32),
             "staged": pipeline.staging(ATOM, tile.store_slots, jnp.bfloat16),
-            **pipeline.ring_barriers(4, tile.stages, 1),
+            **pipeline.ring_barriers(4, tile.stages, tile.cluster),
         },
-        cluster=1,
+        cluster=tile.cluster,
         name="grouped_matmul_fp8_wgrad",
         interpret=interpret,
     )
@@ -49,14 +53,16 @@ def _body(
     first, count, x, x_scale, dy, dy_scale, out,
     x_slots, dy_slots, x_scales, dy_scales, staged, full, empty, turn, *, tile,
 ):  # fmt: skip
-    ring = pipeline.Ring(full, empty, turn, tile.stages, 0)
-    groups, k_tiles, n_tiles = out.shape[0], out.shape[1] // TILE, out.shape[2] // TILE
+    ring = pipeline.Ring(full, empty, turn, tile.stages, tile.lead)
+    groups, k_tiles = out.shape[0], out.shape[1] // (TILE * tile.cluster)
+    n_tiles = out.shape[2] // tile.columns
 
     def fetch(index):
         group = lax.div(index, k_tiles * n_tiles)
         local = index - group * (k_tiles * n_tiles)
         n_tile = lax.div(local, k_tiles)
-        return group, local - n_tile * k_tiles, n_tile, first[group], count[group]
+        k_tile = (local - n_tile * k_tiles) * tile.cluster + lax.axis_index(pipeline.CLUSTER)
+        return group, k_tile, n_tile, first[group], count[group]
 
     for_each_tile = functools.partial(pipeline.for_each_tile, groups * k_tiles * n_tiles, fetch)
 
@@ -66,12 +72,15 @@ def _body(
 
             def copy(i, slot, full):
                 tokens = pl.ds((start + i) * TILE, TILE)
-                for codes, scale, tile_of, slots, scales in (
-                    (x, x_scale, k_tile, x_slots, x_scales),
-                    (dy, dy_scale, n_tile, dy_slots, dy_scales),
+                shared = pipeline.CLUSTER if tile.cluster > 1 else None
+                n_first = n_tile * tile.columns
+                for codes, scale, channels, slots, scales, axes in (
+                    (x, x_scale, pl.ds(k_tile * TILE, TILE), x_slots, x_scales, None),
+                    (dy, dy_scale, pl.ds(n_first, tile.columns), dy_slots, dy_scales, shared),
                 ):
-                    channels = pl.ds(tile_of * TILE, TILE)
-                    plgpu.copy_gmem_to_smem(codes.at[channels, tokens], slots.at[slot], full)
+                    plgpu.copy_gmem_to_smem(
+                        codes.at[channels, tokens], slots.at[slot], full, collective_axes=axes
+                    )
                     plgpu.copy_gmem_to_smem(scale.at[start + i, channels], scales.at[slot], full)
 
             return pipeline.fill(ring, steps, step, copy)
@@ -83,33 +92,37 @@ def _body(
         half, shape = pl.ds(warpgroup * ATOM, ATOM), (ATOM, TILE)
         row_layout, column_layout = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
 
-        def factor(slot, row_scale, _):
-            column_scale = plgpu.layout_cast(dy_scales[slot], column_layout)
+        def operands(slot, part):
+            columns = dy_slots.at[slot, pl.ds(part * TILE, TILE)]
+            return x_slots.at[slot, half], _compat.transposed(columns)
+
+        def factor(slot, row_scale, part):
+            columns = dy_scales[slot, pl.ds(part * TILE, TILE)]
+            column_scale = plgpu.layout_cast(columns, column_layout)
             rows = lax.broadcast_in_dim(row_scale, shape, [0])
             return lax.broadcast_in_dim(column_scale, shape, [1]) * rows
 
-        products = Products(
-            shape,
-            lambda slot: (x_slots.at[slot, half], _compat.transposed(dy_slots.at[slot])),
-            lambda slot: plgpu.layout_cast(x_scales[slot, half], row_layout),
-            factor,
-        )
+        def row_scales(slot, _):
+            return plgpu.layout_cast(x_scales[slot, half], row_layout)
+
+        products = Products(shape, tile.columns // TILE, operands, row_scales, factor)
 
         def visit(record, step):
             group, k_tile, n_tile, _, steps = record
             counts = lax.div(steps, tile.chain), lax.rem(steps, tile.chain)
-            total, step = promoted_sum(ring, counts, step, products, tile.chain)
-            total = total.astype(out.dtype)
+            totals, step = promoted_sum(ring, counts, step, products, tile.chain)
+            totals = [total.astype(out.dtype) for total in totals]
             down = pl.ds(k_tile * TILE + warpgroup * ATOM, ATOM)
 
             def chunk(column):
                 def write(spot):
-                    spot[...] = total[:, column : column + ATOM]
+                    block, inside = divmod(column, TILE)
+                    spot[...] = totals[block][:, inside : inside + ATOM]
 
-                place = out.at[group, down, pl.ds(n_tile * TILE + column, ATOM)]
+                place = out.at[group, down, pl.ds(n_tile * tile.columns + column, ATOM)]
                 return ATOM, write, functools.partial(pipeline.store_all, out=place)
 
-            pipeline.send(staged.at[warpgroup], map(chunk, range(0, TILE, ATOM)))
+            pipeline.send(staged.at[warpgroup], map(chunk, range(0, tile.columns, ATOM)))
             return step
 
         for_each_tile(visit)

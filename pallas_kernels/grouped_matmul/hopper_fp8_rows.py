@@ -1,8 +1,9 @@
 """FP8 forward and dgrad on Hopper: each run of rows times the transpose of its group's matrix.
 
-A task is up to 128 rows of one group, a block's tile such a task by 128 columns. A whole task gives
-each consumer 64 of its rows as WGMMA's M operand. Fewer rows would waste it, so they become the N
-operand, which may have any multiple of eight, and each consumer takes 64 of the columns.
+A task is up to 128 rows of one group, a block's tile such a task by one or two blocks of 128
+columns. A whole task gives each consumer 64 of its rows as WGMMA's M operand. Fewer rows would
+waste it, so they become the N operand, which may have any multiple of eight, and each consumer
+takes half of the columns, 64 at a time.
 """
 
 import functools
@@ -19,7 +20,7 @@ from pallas_kernels._e4m3 import E4M3, TILE
 from pallas_kernels.grouped_matmul import hopper_pipeline as pipeline
 from pallas_kernels.grouped_matmul import hopper_tasks as tasks
 from pallas_kernels.grouped_matmul.hopper_fp8_sums import Products, promoted_sum
-from pallas_kernels.grouped_matmul.hopper_fp8_tiles import OPERAND, RowTile, row_tile
+from pallas_kernels.grouped_matmul.hopper_fp8_tiles import OPERAND, SCALES, RowTile, row_tile
 from pallas_kernels.grouped_matmul.hopper_tiles import ALIGNED_ROWS, ATOM
 
 
@@ -38,32 +39,38 @@ def multiply(
     M is a multiple of 8, C and O are multiples of 128; rows of no group come out as zeros.
     """
     rows, columns = x.shape[0], w.shape[1]
-    tile = tile or row_tile(rows, w.shape[0])
+    tile = tile or row_tile(rows, w.shape[0], columns)
+    blocks = tile.columns // TILE
+    if columns % (tile.columns * tile.cluster):
+        raise ValueError(f"{columns=} must be a multiple of {tile.columns=} times {tile.cluster=}")
     lines, count = tasks.row_tasks(group_sizes, jnp.int32(0), rows, (TILE,), tile.panel)
     kernel = pipeline.launch(
         functools.partial(_body, tile=tile),
         jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16),
         {
             "x_slots": plgpu.SMEM((tile.stages, TILE, TILE), E4M3, transforms=OPERAND),
-            "w_slots": plgpu.SMEM((tile.stages, TILE, TILE), E4M3, transforms=OPERAND),
-            "scale_slots": plgpu.SMEM((tile.stages, TILE), jnp.float32),
+            "w_slots": plgpu.SMEM((tile.stages, tile.columns, TILE), E4M3, transforms=OPERAND),
+            "x_scales": plgpu.SMEM((tile.stages, TILE), jnp.float32),
+            "w_scales": plgpu.SMEM((tile.stages, blocks, SCALES), jnp.float32),
             "staged": pipeline.staging(ATOM, tile.store_slots, jnp.bfloat16),
-            **pipeline.ring_barriers(3, tile.stages, tile.cluster),
+            **pipeline.ring_barriers(4, tile.stages, tile.cluster),
         },
         cluster=tile.cluster,
         name="grouped_matmul_fp8",
         interpret=interpret,
     )
+    w_scale = jnp.pad(w_scale, [(0, 0), (0, 0), (0, -w_scale.shape[2] % SCALES)])
     return kernel(lines, count, x, x_scale, w, w_scale)
 
 
 def _body(
     lines, count, x, x_scale, w, w_scale, out,
-    x_slots, w_slots, scale_slots, staged, full, empty, turn, *, tile,
+    x_slots, w_slots, x_scales, w_scales, staged, full, empty, turn, *, tile,
 ):  # fmt: skip
-    ring = pipeline.Ring(full, empty, turn, tile.stages, 0)
+    ring = pipeline.Ring(full, empty, turn, tile.stages, tile.lead)
     steps = x.shape[1] // TILE
-    column_tiles = -(-out.shape[1] // (TILE * tile.cluster))
+    column_tiles = out.shape[1] // (tile.columns * tile.cluster)
+    blocks = tile.columns // TILE
     fetch = functools.partial(_fetch, lines, column_tiles, tile.cluster)
     for_each_tile = functools.partial(pipeline.for_each_tile, count[0] * column_tiles, fetch)
 
@@ -84,10 +91,14 @@ def _body(
                     plgpu.copy_gmem_to_smem(
                         x.at[outer, inner], x_slots.at[slot, own], full, collective_axes=shared
                     )
+                    across = pl.ds(column * tile.columns, tile.columns)
+                    plgpu.copy_gmem_to_smem(w.at[group, across, inner], w_slots.at[slot], full)
+                    plgpu.copy_gmem_to_smem(x_scale.at[i, outer], x_scales.at[slot, own], full)
+                    near = pl.ds(lax.div(i, SCALES) * SCALES, SCALES)
+                    own_blocks = pl.ds(column * blocks, blocks)
                     plgpu.copy_gmem_to_smem(
-                        w.at[group, pl.ds(column * TILE, TILE), inner], w_slots.at[slot], full
+                        w_scale.at[group, own_blocks, near], w_scales.at[slot], full
                     )
-                    plgpu.copy_gmem_to_smem(x_scale.at[i, outer], scale_slots.at[slot, own], full)
 
                 return pipeline.fill(ring, steps * live, step, copy)
 
@@ -97,37 +108,18 @@ def _body(
 
     def consume():
         warpgroup = lax.axis_index(pipeline.WARPGROUP)
-        half = pl.ds(warpgroup * ATOM, ATOM)
 
         def visit(record, step):
-            column, group, _, _, high, live = record
+            _, _, _, _, high, live = record
 
             def compute(rows, step):
-                whole = rows == TILE
-                mine = half if whole else pl.ds(0, rows)
-                layout = plgpu.Layout.WGMMA.reduce(1 if whole else 0)
-                shape = (ATOM, TILE if whole else rows)
-
-                def operands(slot):
-                    if whole:
-                        return x_slots.at[slot, half], _compat.transposed(w_slots.at[slot])
-                    rows_n = _compat.transposed(x_slots.at[slot, mine])
-                    return w_slots.at[slot, half], rows_n
-
-                products = Products(
-                    shape,
-                    operands,
-                    lambda slot: plgpu.layout_cast(scale_slots[slot, mine], layout),
-                    lambda _, row_scale, block_scale: lax.broadcast_in_dim(
-                        row_scale * block_scale, shape, [0 if whole else 1]
-                    ),
-                    lambda i: w_scale[group, column, jnp.minimum(i, steps - 1)],
-                )
+                products = _products(rows, blocks, warpgroup, x_slots, w_slots, x_scales, w_scales)
                 chains, rest = divmod(steps, tile.chain)
                 counts = chains * live, rest * live if rest else None
-                total, step = promoted_sum(ring, counts, step, products, tile.chain)
-                chunks = _row_chunks if whole else _column_chunks
-                pipeline.send(staged.at[warpgroup], chunks(total, out, record))
+                totals, step = promoted_sum(ring, counts, step, products, tile.chain)
+                place = functools.partial(_place, out, record, tile)
+                chunks = _row_chunks if rows == TILE else _column_chunks
+                pipeline.send(staged.at[warpgroup], chunks(totals, place))
                 return step
 
             return by_rows(high, compute, step)
@@ -135,6 +127,31 @@ def _body(
         for_each_tile(visit)
 
     pipeline.split_roles(ring, produce, consume)
+
+
+def _products(rows, blocks, warpgroup, x_slots, w_slots, x_scales, w_scales) -> Products:
+    """What a consumer multiplies for a task of at most `rows` rows."""
+    whole = rows == TILE
+    mine = pl.ds(warpgroup * ATOM, ATOM) if whole else pl.ds(0, rows)
+    layout = plgpu.Layout.WGMMA.reduce(1 if whole else 0)
+    shape = (ATOM, TILE if whole else rows)
+
+    def operands(slot, part):
+        if whole:
+            columns = w_slots.at[slot, pl.ds(part * TILE, TILE)]
+            return x_slots.at[slot, mine], _compat.transposed(columns)
+        columns = w_slots.at[slot, pl.ds(part * TILE + warpgroup * ATOM, ATOM)]
+        return columns, _compat.transposed(x_slots.at[slot, mine])
+
+    def scales(slot, index):
+        near = lax.rem(index, SCALES)
+        of_rows = plgpu.layout_cast(x_scales[slot, mine], layout)
+        return [of_rows * w_scales[slot, block, near] for block in range(blocks)]
+
+    def factor(_, scales, part):
+        return lax.broadcast_in_dim(scales[part], shape, [0 if whole else 1])
+
+    return Products(shape, blocks, operands, scales, factor)
 
 
 def _fetch(lines, column_tiles: int, cluster: int, index: jax.Array) -> tuple:
@@ -152,36 +169,38 @@ def _fetch(lines, column_tiles: int, cluster: int, index: jax.Array) -> tuple:
     return column, *(lines[task, field] for field in fields)
 
 
-def _place(out, record: tuple, row, column, rows: int) -> dict:
+def _place(out, record: tuple, tile: RowTile, row, column, rows: int) -> dict:
     """Where `rows` rows by 64 columns go that lie at `row`, `column` of the tile, for a store."""
     tile_column, _, window, low, high, _ = record
     down = pl.ds(window * ALIGNED_ROWS + row, rows)
     return {
-        "out": out.at[down, pl.ds(tile_column * TILE + column, ATOM)],
+        "out": out.at[down, pl.ds(tile_column * tile.columns + column, ATOM)],
         "low": low - row,
         "high": high - row,
     }
 
 
-def _row_chunks(total: jax.Array, out, record: tuple) -> Iterator[tuple]:
+def _row_chunks(totals: tuple, place: Callable) -> Iterator[tuple]:
     """The chunks, as `send` takes them, of 64 rows by all columns."""
-    total = total.astype(out.dtype)
     row = lax.axis_index(pipeline.WARPGROUP) * ATOM
-    for column in range(0, TILE, ATOM):
+    for block, total in enumerate(totals):
+        total = total.astype(jnp.bfloat16)
+        for column in range(0, TILE, ATOM):
 
-        def write(spot, part=total[:, column : column + ATOM]):
-            spot[...] = part
+            def write(spot, part=total[:, column : column + ATOM]):
+                spot[...] = part
 
-        place = _place(out, record, row, column, ATOM)
-        yield ATOM, write, functools.partial(pipeline.store_rows, **place)
+            where = place(row, block * TILE + column, ATOM)
+            yield ATOM, write, functools.partial(pipeline.store_rows, **where)
 
 
-def _column_chunks(total: jax.Array, out, record: tuple) -> Iterator[tuple]:
-    """The chunks, as `send` takes them, of all rows by 64 columns; `total` is transposed."""
-    total = total.astype(out.dtype)
+def _column_chunks(totals: tuple, place: Callable) -> Iterator[tuple]:
+    """The chunks, as `send` takes them, of all rows by 64 columns; `totals` are transposed."""
     column = lax.axis_index(pipeline.WARPGROUP) * ATOM
-    for row in range(0, total.shape[1], ATOM):
-        height = min(ATOM, total.shape[1] - row)
-        write = functools.partial(_compat.store_transposed, value=total[:, row : row + height])
-        place = _place(out, record, row, column, height)
-        yield height, write, functools.partial(pipeline.store_rows, **place)
+    for block, total in enumerate(totals):
+        total = total.astype(jnp.bfloat16)
+        for row in range(0, total.shape[1], ATOM):
+            height = min(ATOM, total.shape[1] - row)
+            write = functools.partial(_compat.store_transposed, value=total[:, row : row + height])
+            where = place(row, block * TILE + column, height)
+            yield height, write, functools.partial(pipeline.store_rows, **where)

@@ -5,6 +5,12 @@ of the contraction. So each 128 are summed into registers of their own, and thes
 added to the float32 total by the ordinary units. That is as much work as the tensor cores leave
 time for, so a second sum runs while the first is promoted: a chain of sums, each begun before the
 one before it is read. Chains are unrolled; only the last sum of a chain has nobody to hide behind.
+
+A consumer of 64 by 256 outputs has registers for one sum of 64 by 128 beside them and no second
+one: its sums are promoted one by one, and what hides them is the other consumer.
+
+As in `hopper_pipeline.drain`, the second consumer starts a tile `lead` chains late, so that the two
+do not store at the same time.
 """
 
 from collections.abc import Callable
@@ -16,31 +22,34 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.hopper_pipeline import Ring
+from pallas_kernels.grouped_matmul.hopper_pipeline import WARPGROUP, Ring
+
+# Registers for running sums a thread may have beside the totals, 64 x 128 / 128 threads each.
+_PARTIAL_REGISTERS = 192
 
 
 class Products(NamedTuple):
     """What a consumer multiplies.
 
     Attributes:
-      shape: of the sum, (64, n).
-      operands: slot -> the two operands in shared memory.
-      row_scale: slot -> scales in shared memory that are read while the products run.
-      factor: (slot, row scale, early scale) -> float32 `shape` that scales the sum.
-      early_scale: index of a step -> its scalar from memory, read a chain ahead because memory is
-        far; any index may be asked for. None: nothing to read.
+      shape: of a sum, (64, n).
+      parts: sums of a step, next to each other.
+      operands: (slot, part) -> the two operands in shared memory.
+      scales: (slot, index of the step in the tile) -> what `factor` takes, read from shared memory
+        while the products run.
+      factor: (slot, scales, part) -> float32 `shape` that scales the sum.
     """
 
     shape: tuple[int, int]
-    operands: Callable[[jax.Array], tuple]
-    row_scale: Callable[[jax.Array], jax.Array]
-    factor: Callable[[jax.Array, jax.Array, Any], jax.Array]
-    early_scale: Callable[[jax.Array], jax.Array] | None = None
+    parts: int
+    operands: Callable[[jax.Array, int], tuple]
+    scales: Callable[[jax.Array, jax.Array], Any]
+    factor: Callable[[jax.Array, Any, int], jax.Array]
 
 
 def promoted_sum(
     ring: Ring, counts: tuple, step: jax.Array, products: Products, chain: int
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[tuple, jax.Array]:
     """Sums `products` over a tile's slots, of which `step` is the first.
 
     Args:
@@ -48,62 +57,81 @@ def promoted_sum(
         is None where there never are any.
 
     Returns:
-      float32 `products.shape`, and the step after the tile.
+      float32 `products.shape` of each part, and the step after the tile.
     """
-
-    def early(index, length):
-        if products.early_scale is None:
-            return (None,) * length
-        return tuple(products.early_scale(index + i) for i in range(length))
+    chains, rest = counts
+    first = lax.axis_index(WARPGROUP) == 0
+    # In a tile of fewer steps than slots the first consumer could come round to `turn` twice.
+    turns = (chains * chain >= ring.stages) if ring.lead else False
 
     def loop(times, length, carry):
-        step, index, total = carry
-
         def body(_, carry):
-            step, index, scales, total = carry
-            following = early(index + length, length)
-            total = _run_chain(ring, step, products, scales, total)
-            return step + length, index + length, following, total
+            step, index, totals = carry
+            totals = _run_chain(ring, step, index, products, length, totals)
+            return step + length, index + length, totals
 
-        carry = step, index, early(index, length), total
-        step, index, _, total = lax.fori_loop(0, times, body, carry)
-        return step, index, total
+        return lax.fori_loop(0, times, body, carry)
 
-    total = plgpu.layout_cast(jnp.zeros(products.shape, jnp.float32), plgpu.Layout.WGMMA)
-    carry = loop(counts[0], chain, (step, jnp.int32(0), total))
-    if counts[1] is not None:
-        carry = loop(counts[1], 1, carry)
-    step, _, total = carry
-    return total, step
+    zeros = plgpu.layout_cast(jnp.zeros(products.shape, jnp.float32), plgpu.Layout.WGMMA)
+    carry = step, jnp.int32(0), (zeros,) * products.parts
+    if ring.lead:
+        pl.when(~first & turns)(lambda: plgpu.barrier_wait(ring.turn.at[0]))
+        early = jnp.where(turns, ring.lead, 0)
+        carry = loop(early, chain, carry)
+        pl.when(first & turns)(lambda: plgpu.barrier_arrive(ring.turn.at[0]))
+        chains = chains - early
+    carry = loop(chains, chain, carry)
+    if rest is not None:
+        carry = loop(rest, 1, carry)
+    step, _, totals = carry
+    return totals, step
 
 
-def _run_chain(ring: Ring, step: jax.Array, products: Products, scales: tuple, total: jax.Array):
-    """`total` and the promoted sums of steps `step`, `step` + 1, .. , one for each of `scales`."""
+def _run_chain(
+    ring: Ring,
+    step: jax.Array,
+    index: jax.Array,
+    products: Products,
+    length: int,
+    totals: tuple,
+) -> tuple:
+    """`totals` and the promoted sums of `length` steps from `step`, the `index`-th of its tile."""
+    order = [(i, part) for i in range(length) for part in range(products.parts)]
+    registers = products.shape[1] // 2
+    overlap = (products.parts + 2) * registers <= _PARTIAL_REGISTERS
+    slots = [lax.rem(step + i, ring.stages) for i in range(length)]
+    scales = {}
 
-    def promote(pending, total, in_flight):
-        i, slot, partial = pending
-        row_scale = products.row_scale(slot)
+    def promote(pending, totals, in_flight):
+        (i, part), partial = pending
+        if i not in scales:
+            scales[i] = products.scales(slots[i], index + i)
         partial = plgpu.wgmma_accumulator_load(partial, wait_n=in_flight)
-        factor = products.factor(slot, row_scale, scales[i])
-        plgpu.barrier_arrive(ring.empty.at[slot])
-        return total + partial * factor
+        factor = products.factor(slots[i], scales[i], part)
+        if part == products.parts - 1:
+            plgpu.barrier_arrive(ring.empty.at[slots[i]])
+        total = totals[part] + partial * factor
+        return (*totals[:part], total, *totals[part + 1 :])
 
-    def begin(i, pending, total):
-        if i == len(scales):
-            return promote(pending, total, 0)
-        slot = lax.rem(step + i, ring.stages)
-        plgpu.barrier_wait(ring.full.at[slot])
+    def begin(at, pending, totals):
+        if at == len(order):
+            return totals if pending is None else promote(pending, totals, 0)
+        i, part = order[at]
+        if part == 0:
+            plgpu.barrier_wait(ring.full.at[slots[i]])
 
         def scope(partial):
-            plgpu.wgmma(partial, *products.operands(slot))
-            if i == len(scales) - 1:
+            plgpu.wgmma(partial, *products.operands(slots[i], part))
+            if at == len(order) - 1:
                 _use_a_zero()
-            promoted = total if pending is None else promote(pending, total, 1)
-            return begin(i + 1, (i, slot, partial), promoted)
+            mine = order[at], partial
+            if not overlap:
+                return begin(at + 1, None, promote(mine, totals, 0))
+            return begin(at + 1, mine, totals if pending is None else promote(pending, totals, 1))
 
         return pl.run_scoped(scope, plgpu.ACC(products.shape))
 
-    return begin(0, None, total)
+    return begin(0, None, totals)
 
 
 def _use_a_zero() -> None:

@@ -7,13 +7,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 # What WGMMA reads: atoms of eight rows of 128 swizzled bytes, 128 e4m3 codes.
 OPERAND = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
 
+# Scales of blocks that a step copies, its own among them: a copy goes to a multiple of 128 bytes.
+SCALES = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class RowTile:
-    """Tile of forward and dgrad: at most 128 rows of one group by 128 columns, 128 deep.
+    """Tile of forward and dgrad: at most 128 rows of one group by some columns, 128 deep.
 
     Attributes:
       rows: row counts that a loop is compiled for, ascending multiples of 8, the last one 128.
+      columns: output columns a block computes, 128 or 256.
       stages: pipeline steps in shared memory.
       chain: sums that are unrolled, see `hopper_fp8_sums`.
       cluster: blocks that compute neighbouring columns of the same rows and share the loads of
@@ -21,27 +25,34 @@ class RowTile:
       panel: row tasks of one group that are walked together, column after column, so that the
         weights are read once for all of them while the rows stay in L2.
       store_slots: chunks of 64 by 64 outputs each consumer may have on their way to memory.
+      lead: chains between the consumers, see `hopper_pipeline.drain`; 0: any number.
     """
 
     rows: tuple[int, ...]
+    columns: int = 128
     stages: int = 6
     chain: int = 4
     cluster: int = 1
     panel: int = 16
     store_slots: int = 1
+    lead: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupTile:
-    """Tile of wgrad: 128 by 128 outputs of one group, 128 of its rows a step.
+    """Tile of wgrad: 128 by some outputs of one group, 128 of its rows a step.
 
     Attributes:
-      stages, chain, store_slots: as in `RowTile`.
+      columns, stages, chain, store_slots, lead: as in `RowTile`.
+      cluster: blocks that share the loads of their 128 or 256 columns, 1 or 2.
     """
 
+    columns: int = 128
     stages: int = 5
     chain: int = 2
     store_slots: int = 2
+    cluster: int = 1
+    lead: int = 0
 
 
 # On an H200, forward at 32768 rows, 32 groups, 7168 -> 4096: chains of 1, 2 and 4 gave 893, 989 and
@@ -54,6 +65,11 @@ _FEW = RowTile(rows=(16, 32, 64, 96, 128))
 _MANY_FROM = 512
 
 
-def row_tile(rows: int, groups: int) -> RowTile:
-    """The tile for `rows` rows in `groups` groups."""
+def row_tile(rows: int, groups: int, columns: int) -> RowTile:
+    """The tile for `rows` rows in `groups` groups and `columns` output columns."""
     return _MANY if rows >= _MANY_FROM * groups else _FEW
+
+
+def group_tile(rows: int, columns: int) -> GroupTile:
+    """The tile of wgrad for gradients of `rows` by `columns`."""
+    return GroupTile()

@@ -10,12 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
-from pallas_kernels.grouped_matmul import fp8_portable, hopper_fp8
+from pallas_kernels import expert_mlp_fp8
+from pallas_kernels.grouped_matmul import (
+    fp8_portable,
+    hopper_fp8,
+    hopper_fp8_groups,
+    hopper_fp8_rows,
+    hopper_fp8_tiles,
+)
 from pallas_kernels.grouped_matmul.fp8 import (
     grouped_matmul_fp8,
     grouped_matmul_of_tokens,
     grouped_matmul_quantized,
 )
+from pallas_kernels.grouped_matmul.fp8_mlp import quantize_experts
 from pallas_kernels.quantize import (
     quantize_blocks,
     quantize_tiles,
@@ -122,6 +130,82 @@ def test_weights_may_be_quantised_beforehand():
         grouped_matmul_fp8(x, w[:3], sizes[:3], weights=weights)
 
 
+def _bfloat16(x):
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
+def _mlp_oracle(x, gate_up, down, weight, dy, sizes):
+    """Result and gradients of x, gate_up, down and the weights of rows, float64.
+
+    What the kernels keep in bfloat16 is rounded to it; what they quantise is quantised.
+    """
+    x, gate_up, down, dy = (np.asarray(a, np.float64) for a in (x, gate_up, down, dy))
+    weight = np.asarray(weight, np.float64)[:, None]
+    results = [np.zeros(a.shape) for a in (x, x, gate_up, down, weight[:, 0])]
+    out, dx, d_gate_up, d_down, d_weight = results
+    for group, rows in enumerate(fp8.groups_of(sizes)):
+        if rows.start == rows.stop:
+            continue
+        first, second = (fp8.round_trip(w[group], 128, 128) for w in (gate_up, down))
+        gate, up = np.split(_bfloat16(fp8.round_trip(x[rows], 1, 128) @ first), 2, axis=1)
+        sigmoid, factor = 1 / (1 + np.exp(-gate)), weight[rows]
+        plain = gate * sigmoid * up
+        hidden = plain * factor
+        out[rows] = fp8.round_trip(hidden, 1, 128) @ second
+        dh = _bfloat16(fp8.round_trip(dy[rows], 1, 128) @ second.T)
+        d_weight[rows] = (dh * plain).sum(1)
+        d_gate = dh * factor * up * sigmoid * (1 + gate * (1 - sigmoid))
+        both = np.concatenate([d_gate, dh * factor * gate * sigmoid], axis=1)
+        dx[rows] = fp8.round_trip(both, 1, 128) @ first.T
+        d_gate_up[group] = fp8.round_trip(x[rows], 128, 1).T @ fp8.round_trip(both, 128, 1)
+        d_down[group] = fp8.round_trip(hidden, 128, 1).T @ fp8.round_trip(dy[rows], 128, 1)
+    return results
+
+
+def _mlp_case():
+    rng, (x, _, _) = np.random.default_rng(3), _case()
+    gate_up, down, dy = (
+        jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), jnp.bfloat16)
+        for shape in ((6, K, 2 * N), (6, N, K), (ROWS, K))
+    )
+    return x, gate_up, down, jnp.asarray(rng.uniform(0.1, 2, ROWS), jnp.float32), dy
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _mlp_and_vjp(x, gate_up, down, weight, dy, sizes, weights=None, implementation="portable"):
+    def mlp(x, gate_up, down, weight):
+        return expert_mlp_fp8(x, gate_up, down, sizes, weight, implementation, weights=weights)
+
+    out, vjp = jax.vjp(mlp, x, gate_up, down, weight)
+    return out, *vjp(dy)
+
+
+@pytest.mark.parametrize("name", ["ragged", "tail"])
+def test_experts_are_the_products_of_what_they_quantise(name, relative_l2):
+    """A code beside a tie may differ: the sums before it are of another order than float64's."""
+    case, sizes = _mlp_case(), jnp.asarray(CASES[name], jnp.int32)
+    ours = _mlp_and_vjp(*case, sizes)
+    for part, mine, theirs in zip("yxgdw", ours, _mlp_oracle(*case, CASES[name]), strict=True):
+        assert relative_l2(mine, theirs) <= 2 * BFLOAT16, part
+    used = sum(CASES[name])
+    poisoned = [case[0].at[used:].set(jnp.nan), *case[1:3], case[3].at[used:].set(jnp.nan)]
+    weights = quantize_experts(*case[1:3])
+    again = _mlp_and_vjp(*poisoned, case[4].at[used:].set(jnp.nan), sizes, weights)
+    for mine, poison in zip(ours, again, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(poison))
+
+
+def test_experts_refuse_what_does_not_fit():
+    x, gate_up, down, weight, _ = _mlp_case()
+    sizes = jnp.asarray(CASES["ragged"], jnp.int32)
+    with pytest.raises(ValueError, match=r"must be \[G, D, 2F\], \[G, F, D\]"):
+        expert_mlp_fp8(x, gate_up, down[:, :, :7], sizes)
+    with pytest.raises(ValueError, match=r"row_weight.shape=\(7,\) must be"):
+        expert_mlp_fp8(x, gate_up, down, sizes, weight[:7])
+    with pytest.raises(ValueError, match="one floating dtype.*down"):
+        expert_mlp_fp8(x, gate_up, down.astype(jnp.float32), sizes)
+
+
 def test_quantisation_costs_a_few_percent(relative_l2):
     """Two operands, each off by up to 1/16 and by 1/37 in the mean square: 4 % of a product."""
     x, w, dy = (np.asarray(a, np.float64) for a in _case())
@@ -208,6 +292,43 @@ def test_hopper_tokens(relative_l2):
     portable = fp8_portable.multiply_groups(*tokens, jnp.float32)
     assert relative_l2(out.astype(jnp.float32), portable) <= BFLOAT16
     assert not np.asarray(out[1]).any()
+
+
+@needs_gpu_interpreter
+@pytest.mark.parametrize(
+    "tile",
+    [
+        hopper_fp8_tiles.RowTile(rows=(32, 128), columns=256, stages=4, chain=1, lead=2),
+        hopper_fp8_tiles.RowTile(rows=(128,), stages=3, chain=2, cluster=2),
+    ],
+    ids=["wide", "cluster"],
+)
+def test_every_hopper_row_tile_computes_the_same(tile, relative_l2):
+    sizes = np.asarray([5, 0, 270], np.int32)
+    operands, product = _hopper_operands(sizes)
+    run = functools.partial(hopper_fp8_rows.multiply, tile=tile, interpret=True)
+    out = jax.jit(run)(*map(jnp.asarray, operands), sizes)
+    assert relative_l2(out.astype(jnp.float32), product) <= BFLOAT16
+
+
+@needs_gpu_interpreter
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_every_hopper_group_tile_computes_the_same(cluster, relative_l2):
+    """Blocks of 256 columns; one at a time with the second consumer behind the first."""
+    tile = hopper_fp8_tiles.GroupTile(
+        columns=256,
+        stages=3,
+        chain=1,
+        store_slots=1,
+        cluster=cluster,
+        lead=2 if cluster == 1 else 0,
+    )
+    x, dy = (jnp.asarray(np.random.default_rng(i).normal(size=(700, 256))) for i in range(2))
+    sizes = jnp.asarray([150, 0, 540], jnp.int32)
+    tokens = transpose_quantize(x, sizes), transpose_quantize(dy, sizes)
+    run = functools.partial(hopper_fp8_groups.multiply_groups, tile=tile, interpret=True)
+    out = jax.jit(run)(*tokens).astype(jnp.float32)
+    assert relative_l2(out, fp8_portable.multiply_groups(*tokens, jnp.float32)) <= BFLOAT16
 
 
 @pytest.mark.parametrize("groups", [2, 64])  # many rows a group, and few

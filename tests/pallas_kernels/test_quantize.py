@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels import quantize, quantize_triton
 from pallas_kernels.quantize import (
     quantize_blocks,
+    quantize_both,
     quantize_tiles,
     quantize_weights,
     swiglu_quantize,
@@ -148,13 +149,13 @@ def test_weights_come_in_both_orders():
     np.testing.assert_array_equal(weights.scale, scale)
 
 
-def _close(ours, theirs):
+def _close(ours, theirs, rtol=1e-6, atol=0.0):
     """The same up to the last places of a division or exp: scales, and codes beside a tie."""
     for mine, other in zip(ours, theirs, strict=True):
         mine, other = np.asarray(mine), np.asarray(other)
         assert mine.dtype == other.dtype and mine.shape == other.shape
         if mine.dtype == np.float32:
-            np.testing.assert_allclose(mine, other, rtol=1e-6)
+            np.testing.assert_allclose(mine, other, rtol=rtol, atol=atol)
         else:
             bits = mine.view(np.uint8).astype(int), other.view(np.uint8).astype(int)
             apart = np.abs(bits[0] - bits[1])
@@ -178,15 +179,71 @@ def test_triton_weights():
     _close(quantize_triton.quantize_weights(w, interpret=True), jax.jit(quantize_weights)(w))
 
 
-def test_triton_tokens(monkeypatch):
-    """Rows past the sum and the neighbours' are masked, also where a tile reaches past the end."""
-    x = _numbers(301, 128).at[sum(SIZES) :].set(jnp.nan)
-    sizes = jnp.asarray(SIZES, jnp.int32)
-    interpreted = functools.partial(quantize_triton.transpose_quantize, interpret=True)
-    monkeypatch.setattr(quantize_triton, "transpose_quantize", interpreted)
+@pytest.fixture
+def interpreted(monkeypatch):
+    """`implementation="triton"` runs in Pallas' interpreter."""
     monkeypatch.setattr(quantize, "_on_cuda", lambda x: x)
+    for name in ("transpose_quantize", "quantize_both", "swiglu_backward"):
+        kernel = functools.partial(getattr(quantize_triton, name), interpret=True)
+        monkeypatch.setattr(quantize_triton, name, kernel)
+
+
+USED = sum(SIZES)
+
+
+def _used(rows):
+    """Codes [M, K] and scales [tiles, M] of the rows that belong to a group."""
+    codes, scale = rows
+    return codes[:USED], scale[:, :USED]
+
+
+def test_triton_tokens(interpreted):
+    """Rows past the sum and the neighbours' are masked, also where a tile reaches past the end."""
+    x = _numbers(301, 128).at[USED:].set(jnp.nan)
+    sizes = jnp.asarray(SIZES, jnp.int32)
     ours = transpose_quantize(x, sizes, "triton")
     _close(ours[:2], _tokens(x, sizes)[:2])
+
+
+@pytest.mark.parametrize("implementation", ["portable", "triton"])
+def test_both_ways_are_each_way(interpreted, implementation):
+    x, sizes = _numbers(301, 256).at[USED:].set(jnp.nan), jnp.asarray(SIZES, jnp.int32)
+    rows, tokens = quantize_both(x, sizes, implementation)
+    _close(_used(rows), _used(_tiles(x)))
+    _close(tokens[:2], _tokens(x, sizes)[:2])
+
+
+def _swiglu_gradient(gate_up, dh, weight):
+    """Gradients of gate_up and of the weights, and the activation, float64."""
+    (gate, up), dh, weight = np.split(gate_up, 2, axis=1), dh, weight[:, None]
+    sigmoid = 1 / (1 + np.exp(-gate))
+    silu = gate * sigmoid
+    d_gate = dh * weight * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_gate_up = np.concatenate([d_gate, dh * weight * silu], axis=1)
+    return d_gate_up, (dh * silu * up).sum(1), silu * up * weight
+
+
+# Terms of size 1 that may cancel, rounded to float32; a scale is 1/448 of such a sum.
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-9}
+
+
+@pytest.mark.parametrize("implementation", ["portable", "triton"])
+def test_gradient_of_swiglu_comes_quantised_both_ways(interpreted, implementation):
+    rng, sizes = np.random.default_rng(0), jnp.asarray(SIZES, jnp.int32)
+    gate_up, dh, weight = (rng.normal(size=s).astype("f4") for s in ((301, 512), (301, 256), 301))
+    poisoned = [a.copy() for a in (gate_up, dh, weight)]
+    for a in poisoned:
+        a[USED:] = np.nan
+    ours = quantize.swiglu_backward(*poisoned, sizes, implementation)
+    exact = [np.asarray(a, np.float64)[:USED] for a in (gate_up, dh, weight)]
+    d_gate_up, d_weight, hidden = (np.asarray(a, np.float32) for a in _swiglu_gradient(*exact))
+    np.testing.assert_allclose(ours.row_weight[:USED], d_weight, rtol=1e-4, atol=1e-5)
+    assert not np.asarray(ours.row_weight[USED:]).any()
+    _close(_used(ours.rows), _tiles(jnp.asarray(d_gate_up)), **FLOAT32)
+    for tiles, numbers in ((ours.tokens, d_gate_up), (ours.hidden, hidden)):
+        whole = np.zeros((301, numbers.shape[1]), np.float32)
+        whole[:USED] = numbers
+        _close(tiles[:2], _tokens(jnp.asarray(whole), sizes)[:2], **FLOAT32)
 
 
 def test_triton_lowers_for_cuda():
@@ -196,13 +253,16 @@ def test_triton_lowers_for_cuda():
     x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((320, 256), (2, 256, 384)))
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
 
-    def run(x, w, sizes):
-        rows = quantize_tiles(x, "triton"), swiglu_quantize(x, None, "triton")
-        return rows, quantize_weights(w, "triton"), transpose_quantize(x, sizes, "triton")
+    def run(x, w, sizes, ones):
+        rows = quantize_tiles(x), swiglu_quantize(x), quantize_both(x, sizes)
+        gradient = quantize.swiglu_backward(x, x[:, :128], ones, sizes)
+        return rows, gradient, quantize_weights(w), transpose_quantize(x, sizes)
 
+    # None picks them for the chip that is traced for.
     with jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(run).trace(x, w, sizes).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 4
+        ones = jax.ShapeDtypeStruct((320,), jnp.float32)
+        lowered = jax.jit(run).trace(x, w, sizes, ones).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 6
 
 
 def test_errors_name_what_does_not_fit():
