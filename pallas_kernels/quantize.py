@@ -142,7 +142,7 @@ def quantize_weights(w: jax.Array, implementation: str | None = None) -> Weights
     Raises:
       ValueError: an unknown implementation, or one that cannot take `w`.
     """
-    if _fused(implementation, quantize_triton.refuses_weights(*w.shape[1:]), "quantize_weights"):
+    if _fused(implementation, quantize_triton.refuses_weights(*w.shape), "quantize_weights"):
         return Weights(*quantize_triton.quantize_weights(_on_cuda(w)))
     codes, scale = quantize_blocks(w)
     return Weights(codes, codes.mT, scale)
@@ -205,6 +205,11 @@ def _tiling(rows: int, group_sizes: jax.Array) -> _Tiling:
     return _Tiling(*(a.astype(jnp.int32) for a in (first, count, row, live)))
 
 
+def _token_tiles(tokens: tuple[jax.Array, jax.Array], tiling: _Tiling) -> TokenTiles:
+    codes, scale = tokens
+    return TokenTiles(codes, scale, tiling.first, tiling.count)
+
+
 def _transposed_tiles(x: jax.Array, tiling: _Tiling) -> TokenTiles:
     inside = jnp.arange(TILE)
     mine = inside < tiling.live[:, None]
@@ -212,7 +217,7 @@ def _transposed_tiles(x: jax.Array, tiling: _Tiling) -> TokenTiles:
     values = jnp.where(mine[..., None], x[row].astype(jnp.float32), 0)
     scale = _scale(values, (1,))
     codes = _codes(values, scale).reshape(-1, x.shape[1]).T
-    return TokenTiles(codes, scale[:, 0], tiling.first, tiling.count)
+    return _token_tiles((codes, scale[:, 0]), tiling)
 
 
 def transpose_quantize(
@@ -229,11 +234,11 @@ def transpose_quantize(
       ValueError: an unknown implementation, or one that cannot take `x`.
     """
     tiling = _tiling(x.shape[0], group_sizes)
-    refusal = quantize_triton.refuses_tokens(x.shape[1])
+    refusal = quantize_triton.refuses_tokens(tiling.row.shape[0], x.shape[1])
     if not _fused(implementation, refusal, "transpose_quantize"):
         return _transposed_tiles(x, tiling)
-    codes, scale = quantize_triton.transpose_quantize(_on_cuda(x), tiling.row, tiling.live)
-    return TokenTiles(codes, scale, tiling.first, tiling.count)
+    tokens = quantize_triton.transpose_quantize(_on_cuda(x), tiling.row, tiling.live)
+    return _token_tiles(tokens, tiling)
 
 
 def quantize_both(
@@ -247,11 +252,12 @@ def quantize_both(
       ValueError: an unknown implementation, or one that cannot take `x`.
     """
     tiling = _tiling(x.shape[0], group_sizes)
-    if not _fused(implementation, quantize_triton.refuses_both(x.shape[1]), "quantize_both"):
+    refusal = quantize_triton.refuses_both(tiling.row.shape[0], x.shape[1])
+    if not _fused(implementation, refusal, "quantize_both"):
         return quantize_tiles(x, "portable"), _transposed_tiles(x, tiling)
     kernel = quantize_triton.quantize_both
-    codes, scale, *turned = kernel(_on_cuda(x), tiling.row, tiling.live)
-    return (codes, scale), TokenTiles(*turned, tiling.first, tiling.count)
+    rows, tokens = kernel(_on_cuda(x), tiling.row, tiling.live)
+    return rows, _token_tiles(tokens, tiling)
 
 
 class SwigluGradient(NamedTuple):
@@ -291,12 +297,14 @@ def swiglu_backward(
       ValueError: an unknown implementation, or one that cannot take `dh`.
     """
     tiling = _tiling(dh.shape[0], group_sizes)
-    groups = tiling.first, tiling.count
-    if _fused(implementation, quantize_triton.refuses_both(dh.shape[1]), "swiglu_backward"):
+    columns = dh.shape[1]
+    # The gradient of `gate_up` is twice as wide.
+    refusal = quantize_triton.refuses_both(tiling.row.shape[0], columns)
+    refusal = refusal or quantize_triton.refuses_both(tiling.row.shape[0], 2 * columns)
+    if _fused(implementation, refusal, "swiglu_backward"):
         operands = _on_cuda(gate_up), dh, row_weight, tiling.row, tiling.live
-        codes, scale, *turned, sums = quantize_triton.swiglu_backward(*operands)
-        rows, tokens, hidden = (codes, scale), turned[:2], turned[2:]
-        tokens, hidden = TokenTiles(*tokens, *groups), TokenTiles(*hidden, *groups)
+        rows, tokens, hidden, sums = quantize_triton.swiglu_backward(*operands)
+        tokens, hidden = _token_tiles(tokens, tiling), _token_tiles(hidden, tiling)
         d_weight = jnp.sum(sums, axis=0)
     else:
         wide = gate_up.astype(jnp.float32), row_weight.astype(jnp.float32)

@@ -68,11 +68,18 @@ def _rows_call(body, operands, shape, in_specs, *, name, interpret):
     )
 
 
+def _refuses_size(codes: int) -> str | None:
+    # Offsets have 64 bits in arrays of more than 2**32 bytes and a sign bit below.
+    if 2**31 < codes <= 2**32:
+        return f"{codes=} in one array must not lie between 2**31 and 2**32"
+    return None
+
+
 def refuses_rows(rows: int, columns: int) -> str | None:
     """Why `quantize_tiles` and `swiglu_quantize` cannot take so many rows and results, or None."""
     if rows % _ROWS or columns % TILE:
         return f"{rows=}, {columns=} must be multiples of {_ROWS} and {TILE}"
-    return None
+    return _refuses_size(rows * columns)
 
 
 def quantize_tiles(x: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -112,9 +119,11 @@ def swiglu_quantize(
     )
 
 
-def refuses_weights(k: int, n: int) -> str | None:
+def refuses_weights(groups: int, k: int, n: int) -> str | None:
     """Why `quantize_weights` cannot take matrices of k x n, or None."""
-    return f"{k=}, {n=} must be multiples of {TILE}" if k % TILE or n % TILE else None
+    if k % TILE or n % TILE:
+        return f"{k=}, {n=} must be multiples of {TILE}"
+    return _refuses_size(groups * k * n)
 
 
 def quantize_weights(w: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, ...]:
@@ -147,14 +156,18 @@ def quantize_weights(w: jax.Array, *, interpret: bool = False) -> tuple[jax.Arra
     )(w)
 
 
-def refuses_tokens(channels: int) -> str | None:
-    """Why `transpose_quantize` cannot take rows of so many channels, or None."""
-    return f"{channels=} must be a multiple of {_CHANNELS}" if channels % _CHANNELS else None
+def refuses_tokens(tiles: int, channels: int) -> str | None:
+    """Why `transpose_quantize` cannot take tiles of so many channels, or None."""
+    if channels % _CHANNELS:
+        return f"{channels=} must be a multiple of {_CHANNELS}"
+    return _refuses_size(tiles * TILE * channels)
 
 
-def refuses_both(channels: int) -> str | None:
-    """Why `quantize_both` and `swiglu_backward` cannot take so many channels, or None."""
-    return f"{channels=} must be a multiple of {TILE}" if channels % TILE else None
+def refuses_both(tiles: int, channels: int) -> str | None:
+    """Why `quantize_both` and `swiglu_backward` cannot take so many results, or None."""
+    if channels % TILE:
+        return f"{channels=} must be a multiple of {TILE}"
+    return _refuses_size(tiles * TILE * channels)
 
 
 def _token_shapes(channels: int, tiles: int) -> tuple:
@@ -175,9 +188,9 @@ def transpose_quantize(
     """
     (_, channels), tiles = x.shape, row.shape[0]
 
-    def body(row, live, x, codes, scale):
+    def body(row, live, x, *outs):
         tile, column = _Tile(row, live, _CHANNELS), pl.program_id(1)
-        tile.store_transposed(tile.load(x, column), codes, scale, column)
+        tile.store_transposed(tile.load(x, column), outs, column)
 
     return _call(
         body,
@@ -217,37 +230,39 @@ class _Tile:
         mask = lax.iota(jnp.int32, TILE) < self.live
         plgpu.store(ref.at[column, self.rows], numbers, mask=mask)
 
-    def store_transposed(self, x: jax.Array, codes, scale, column) -> None:
+    def store_transposed(self, x: jax.Array, out: tuple, column) -> None:
         """Quantises `x` float32 [128, channels] in tiles of one column, transposed."""
+        codes, scale = out
         channel_scale = _scale(jnp.max(jnp.abs(x), axis=0))
         own = pl.ds(column * self.channels, self.channels)
         turned = _codes(x, channel_scale[None, :]).T
         plgpu.store(codes.at[own, pl.ds(self.tile * TILE, TILE)], turned)
         plgpu.store(scale.at[self.tile, own], channel_scale)
 
-    def store_both(self, x: jax.Array, codes, scale, token_codes, token_scale, column) -> None:
+    def store_both(self, x: jax.Array, rows: tuple, tokens: tuple, column) -> None:
         """Quantises `x` float32 [128, 128] in tiles of one row and, transposed, of one column."""
+        codes, scale = rows
         row_scale = _scale(jnp.max(jnp.abs(x), axis=1))
         plgpu.store(self._at(codes, column), _codes(x, row_scale[:, None]), mask=self.mask)
         self.store_rows(scale, column, row_scale)
-        self.store_transposed(x, token_codes, token_scale, column)
+        self.store_transposed(x, tokens, column)
 
 
 def quantize_both(
     x: jax.Array, row: jax.Array, live: jax.Array, *, interpret: bool = False
-) -> tuple[jax.Array, ...]:
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """`quantize_tiles` and `transpose_quantize` of x [M, K] in one pass; rows of no tile: anything.
 
     Returns:
-      Codes [M, K], scales [K / 128, M], codes [K, 128 T], scales [T, K].
+      Codes [M, K] and scales [K / 128, M]; codes [K, 128 T] and scales [T, K].
     """
     (rows, channels), tiles = x.shape, row.shape[0]
 
     def body(row, live, x, *outs):
         tile, column = _Tile(row, live, TILE), pl.program_id(1)
-        tile.store_both(tile.load(x, column), *outs, column)
+        tile.store_both(tile.load(x, column), outs[:2], outs[2:], column)
 
-    return _call(
+    codes, scale, token_codes, token_scale = _call(
         body,
         (tiles, channels // TILE),
         (*_row_shapes(rows, channels), *_token_shapes(channels, tiles)),
@@ -257,6 +272,7 @@ def quantize_both(
         name="quantize_both",
         interpret=interpret,
     )(row, live, x)
+    return (codes, scale), (token_codes, token_scale)
 
 
 def swiglu_backward(
@@ -267,32 +283,33 @@ def swiglu_backward(
     live: jax.Array,
     *,
     interpret: bool = False,
-) -> tuple[jax.Array, ...]:
+) -> tuple:
     """Gradients of `swiglu` for gate_up [M, 2F], dh [M, F], row_weight [M], quantised both ways.
 
     Returns:
-      Of the gradient of `gate_up`: codes [M, 2F], scales [2F / 128, M] and, transposed, codes
-      [2F, 128 T], scales [T, 2F]. Of the activation, transposed: codes [F, 128 T], scales [T, F].
-      float32 [F / 128, M], which add up to the gradient of `row_weight`. Rows of no tile: anything.
+      Of the gradient of `gate_up`: codes [M, 2F] and scales [2F / 128, M]; transposed, codes
+      [2F, 128 T] and scales [T, 2F]. Of the activation, transposed: codes [F, 128 T] and scales
+      [T, F]. float32 [F / 128, M], which add up to the gradient of `row_weight`. Rows of no tile
+      may be anything.
     """
     (rows, columns), tiles = dh.shape, row.shape[0]
     blocks = columns // TILE
 
-    def body(row, live, gate_up, dh, weight, codes, scale, *outs):
-        both_ways, hidden, sums = (codes, scale, *outs[:2]), outs[2:4], outs[4]
+    def body(row, live, gate_up, dh, weight, *outs):
+        rows, tokens, hidden, sums = outs[:2], outs[2:4], outs[4:6], outs[6]
         tile, column = _Tile(row, live, TILE), pl.program_id(1)
         gate, up = tile.load(gate_up, column), tile.load(gate_up, column + blocks)
         d_hidden, factor = tile.load(dh, column), tile.load_rows(weight)
         sigmoid = 1 / (1 + jnp.exp(-gate))
         silu = gate * sigmoid
         tile.store_rows(sums, column, jnp.sum(d_hidden * silu * up, axis=1))
-        tile.store_transposed(silu * up * factor, *hidden, column)
+        tile.store_transposed(silu * up * factor, hidden, column)
         d_hidden = d_hidden * factor
-        tile.store_both(d_hidden * silu, *both_ways, column + blocks)
+        tile.store_both(d_hidden * silu, rows, tokens, column + blocks)
         d_silu = sigmoid + silu * (1 - sigmoid)
-        tile.store_both(d_hidden * up * d_silu, *both_ways, column)
+        tile.store_both(d_hidden * up * d_silu, rows, tokens, column)
 
-    return _call(
+    codes, scale, turned, turned_scale, hidden, hidden_scale, sums = _call(
         body,
         (tiles, blocks),
         (
@@ -307,3 +324,4 @@ def swiglu_backward(
         name="swiglu_backward",
         interpret=interpret,
     )(row, live, gate_up, dh, row_weight)
+    return (codes, scale), (turned, turned_scale), (hidden, hidden_scale), sums

@@ -5,18 +5,20 @@
 
 Rows of `ours fp8` time the product of operands that were quantised beforehand, and their `error` is
 the distance from the float32 product of the dequantised operands. `--whole` times what that leaves
-out: each quantiser ("scales apart, share of codes apart, most steps of a code apart" from the
-portable one), and whole operations, forward and backward, in FP8 and in bfloat16 (relative L2
-distance of the result and of each gradient): the grouped matmul of the shape and the SwiGLU experts
-whose gate and up projection it is.
+out: each quantiser, and the SwiGLU experts whose gate and up projection the shape is, forward and
+backward, in FP8 and in bfloat16. Beside a quantiser stand its distances from the portable one: for
+each array of codes "share that differ/most steps apart", for each of scales "relative L2/largest";
+beside the experts in FP8 those of the result and of each gradient from bfloat16.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +35,6 @@ from pallas_kernels.grouped_matmul import (
     hopper_fp8_rows,
     hopper_fp8_tiles,
 )
-from pallas_kernels.grouped_matmul.fp8 import grouped_matmul_fp8
 
 
 class _Rows:
@@ -152,20 +153,27 @@ def quantisers(problem: base.Problem) -> dict[str, tuple[Callable, tuple, float]
     }
 
 
-def _apart(ours: Any, theirs: Any) -> str:
-    """Largest relative distance of scales and sums, share of codes that differ, most steps."""
-    far, differing, codes, steps = 0.0, 0.0, 0, 0
+@jax.jit
+def _gap(mine: jax.Array, other: jax.Array) -> jax.Array:
+    """Of codes: share that differ, most steps apart; of other numbers: relative L2, largest."""
+    if mine.dtype == jnp.float8_e4m3fn:
+        bits = (jax.lax.bitcast_convert_type(a, jnp.int8).astype(jnp.int16) for a in (mine, other))
+        steps = jnp.abs(jnp.subtract(*bits))
+        return jnp.stack([jnp.mean(steps > 0, dtype=jnp.float32), jnp.max(steps)])
+    mine, other = (a.astype(jnp.float32) for a in (mine, other))
+    apart = mine - other
+    norms = jnp.linalg.norm(apart.ravel()) / jnp.linalg.norm(other.ravel())
+    return jnp.stack([norms, jnp.max(jnp.abs(apart)) / jnp.max(jnp.abs(other))])
+
+
+def _gaps(ours: Any, theirs: Any) -> dict[str, list[list[float]]]:
+    """`_gap` of each array of two results, codes and other numbers apart."""
+    gaps: dict[str, list[list[float]]] = {"codes": [], "numbers": []}
     for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        if mine.dtype == jnp.float8_e4m3fn:
-            bits = (
-                jax.lax.bitcast_convert_type(a, jnp.int8).astype(jnp.int16) for a in (mine, other)
-            )
-            gap = jnp.abs(jnp.subtract(*bits))
-            differing, codes = differing + float((gap > 0).sum()), codes + gap.size
-            steps = max(steps, int(gap.max()))
-        elif mine.dtype == jnp.float32:
-            far = max(far, float(jnp.max(jnp.abs(mine - other)) / jnp.max(jnp.abs(other))))
-    return f"{far:.0e} {differing / codes:.0e} {steps}"
+        kind = "codes" if mine.dtype == jnp.float8_e4m3fn else "numbers"
+        if mine.dtype != jnp.int32:
+            gaps[kind].append(_gap(mine, other).tolist())
+    return gaps
 
 
 def _forward_and_backward(operation: Callable) -> Callable:
@@ -185,69 +193,74 @@ def _mlp_bfloat16(x, gate_up, down, sizes):
     return grouped_matmul((jax.nn.silu(gate) * up).astype(x.dtype), down, sizes)
 
 
-def operations(problem: base.Problem) -> dict[str, tuple[Callable, tuple]]:
-    """name -> (run, operands): one grouped matmul, and the experts that it is the first part of."""
-    x, dy, w, sizes = problem.jax_x, problem.jax_dy, problem.jax_w, problem.jax_sizes
+def experts(problem: base.Problem) -> dict[str, tuple[Callable, tuple]]:
+    """name -> (run, operands): SwiGLU experts whose gate and up projection is the problem's."""
+    x, w, sizes = problem.jax_x, problem.jax_w, problem.jax_sizes
     down = jnp.swapaxes(w[:, :, : problem.n // 2], 1, 2)
-    weights = jax.jit(quantize.quantize_weights)(w)
-    experts = jax.jit(fp8_mlp.quantize_experts)(w, down)
-    run = _forward_and_backward
-    product = run(lambda x, w, shared: grouped_matmul_fp8(x, w, sizes, weights=shared))
-    mlp = run(lambda x, w, down, shared: fp8_mlp.expert_mlp_fp8(x, w, down, sizes, weights=shared))
-    bfloat16 = run(lambda x, w, _: grouped_matmul(x, w, sizes))
-    mlp_bfloat16 = run(lambda x, w, down, _: _mlp_bfloat16(x, w, down, sizes))
+    quantise = jax.jit(fp8_mlp.quantize_experts)
+    fp8 = _forward_and_backward(
+        lambda x, w, down, shared: fp8_mlp.expert_mlp_fp8(x, w, down, sizes, weights=shared)
+    )
+    bfloat16 = _forward_and_backward(lambda x, w, down, _: _mlp_bfloat16(x, w, down, sizes))
     return {
-        "matmul bfloat16": (bfloat16, (dy, (x, w), None)),
-        "matmul fp8": (product, (dy, (x, w), None)),
-        "matmul fp8, weights quantised": (product, (dy, (x, w), weights)),
-        "experts bfloat16": (mlp_bfloat16, (x, (x, w, down), None)),
-        "experts fp8": (mlp, (x, (x, w, down), None)),
-        "experts fp8, weights quantised": (mlp, (x, (x, w, down), experts)),
+        "experts' weights quantised": (quantise, (w, down)),
+        "experts bfloat16": (bfloat16, (x, (x, w, down), None)),
+        "experts fp8, without weights": (fp8, (x, (x, w, down), quantise(w, down))),
     }
 
 
-def time_operations(shape: str, rounds: int) -> list[dict]:
-    """Each quantiser, and whole operations forward and backward, FP8 beside bfloat16."""
-    problem = base.Problem(shape)
-    runs: dict[str, Callable] = {}
-    notes: dict[str, str] = {}
-    size: dict[str, float] = {}
-    for name, (quantiser, operands, moved) in quantisers(problem).items():
-        results = {}
-        for way in ("portable", "triton"):
-            run = jax.jit(functools.partial(quantiser, implementation=way))
-            key = f"{way} {name}"
-            runs[key], size[key] = functools.partial(run, *operands), moved
-            results[way] = jax.block_until_ready(runs[key]())
-        notes[f"triton {name}"] = _apart(results["triton"], results["portable"])
-    exact: dict[str, Any] = {}
-    for name, (run, operands) in operations(problem).items():
-        runs[name] = functools.partial(run, *operands)
-        result = jax.block_until_ready(runs[name]())
-        kind = name.split()[0]
-        pairs = zip(
-            jax.tree.leaves(result), jax.tree.leaves(exact.setdefault(kind, result)), strict=True
+@dataclasses.dataclass
+class _Line:
+    """One line of `--whole`: how to start it, and what is reported of it."""
+
+    name: str
+    run: Callable
+    moved: float = 0.0
+    note: str = ""
+    times: list[float] = dataclasses.field(default_factory=list)
+
+    def start(self) -> jax.Array:
+        return jax.tree.leaves(self.run())[0]
+
+    def compare(self, other: "_Line") -> None:
+        gaps = _gaps(self.run(), other.run())
+        self.note = "  ".join(
+            f"{kind}: " + " ".join(f"{share:.0e}/{most:.0e}" for share, most in values)
+            for kind, values in gaps.items()
+            if values
         )
-        notes[name] = " ".join(f"{_distance(mine, other):.3f}" for mine, other in pairs)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for i in np.random.default_rng(0).permutation(len(runs)):
-            name = list(runs)[i]
-            times[name].append(base.seconds(runs[name], 5))
-    records = []
-    for name, measured in times.items():
-        ms = statistics.median(measured) * 1e3
-        record = {"shape": shape, "name": name, "ms": ms, "note": notes.get(name, "")}
-        rate = f"{size[name] / ms / 1e6:7.0f} GB/s" if name in size else " " * 12
-        print(f"{shape:4}{name:34}{ms:9.3f} ms {rate}  {record['note']}", flush=True)
-        records.append(record)
-    return records
+
+    def record(self, shape: str) -> dict:
+        ms = statistics.median(self.times) * 1e3
+        rate = f"{self.moved / ms / 1e6:7.0f} GB/s" if self.moved else " " * 12
+        print(f"{shape:4}{self.name:30}{ms:9.3f} ms {rate}  {self.note}", flush=True)
+        return {"shape": shape, "name": self.name, "ms": ms, "note": self.note}
 
 
-def _distance(mine: jax.Array, other: jax.Array) -> float:
-    """Relative L2 distance."""
-    mine, other = (a.astype(jnp.float32) for a in (mine, other))
-    return float(jnp.linalg.norm((mine - other).ravel()) / jnp.linalg.norm(other.ravel()))
+def time_whole(shape: str, options: argparse.Namespace) -> list[dict]:
+    """Each quantiser, and the experts forward and backward in FP8 beside bfloat16."""
+    problem = base.Problem(shape)
+    lines = {
+        f"{way} {name}": _Line(f"{way} {name}", functools.partial(jax.jit(run), *operands), moved)
+        for name, (quantiser, operands, moved) in quantisers(problem).items()
+        for way in ("portable", "triton")
+        for run in [functools.partial(quantiser, implementation=way)]
+    }
+    for name, (run, operands) in experts(problem).items():
+        lines[name] = _Line(name, functools.partial(run, *operands))
+    begin = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
+        list(pool.map(lambda line: jax.block_until_ready(line.start()), lines.values()))
+    print(f"{shape}: compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    for name in quantisers(problem):
+        lines[f"triton {name}"].compare(lines[f"portable {name}"])
+    lines["experts fp8, without weights"].compare(lines["experts bfloat16"])
+    print(f"{shape}: compared after {time.monotonic() - begin:.0f} s", flush=True)
+    everything, shuffle = list(lines.values()), np.random.default_rng(0).permutation
+    for _ in range(options.rounds):
+        for i in shuffle(len(everything)):
+            everything[i].times.append(base.seconds(everything[i].start, 5))
+    return [line.record(shape) for line in everything]
 
 
 def main(arguments: list[str]) -> int:
@@ -260,7 +273,7 @@ def main(arguments: list[str]) -> int:
         print(f"{torch.cuda.get_device_name()}, jax {jax.__version__}", flush=True)
         records = []
         for shape in base_options.shapes:
-            records += time_operations(shape, base_options.rounds)
+            records += time_whole(shape, base_options)
         if base_options.json:
             base_options.json.write_text(json.dumps(records, indent=1))
         return 0

@@ -116,10 +116,11 @@ def _grouped_matmul_fp8(x, w, group_sizes, weights, implementation):
     return _product(quantize_tiles(x), group_sizes, weights, implementation, x.dtype)
 
 
-def _product(x, group_sizes, weights, implementation, dtype):
-    w, scale = weights.turned, weights.scale.mT
+def _product(rows, group_sizes, weights, implementation, dtype):
+    x, x_scale = rows
+    w, w_scale = weights.turned, weights.scale.mT
     return grouped_matmul_quantized(
-        *x, w, scale, group_sizes, dtype=dtype, implementation=implementation
+        x, x_scale, w, w_scale, group_sizes, dtype=dtype, implementation=implementation
     )
 
 

@@ -46,14 +46,18 @@ def _expert_mlp(x, gate_up, down, sizes, row_weight, weights, implementation):
     return _products(quantize_tiles(x), sizes, row_weight, weights, implementation, x.dtype)[0]
 
 
-def _products(x, sizes, row_weight, weights, implementation, dtype):
-    multiply = functools.partial(
-        grouped_matmul_quantized, group_sizes=sizes, dtype=dtype, implementation=implementation
-    )
-    gate_up, down = weights
-    both = multiply(*x, gate_up.turned, gate_up.scale.mT)
-    hidden = swiglu_quantize(both, row_weight)
-    return multiply(*hidden, down.turned, down.scale.mT), both
+def _products(rows, sizes, row_weight, weights, implementation, dtype):
+    """The result, and the gate and up projections in `dtype`."""
+
+    def multiply(rows, matrices: Weights):
+        codes, scale = rows
+        w, w_scale = matrices.turned, matrices.scale.mT
+        return grouped_matmul_quantized(
+            codes, scale, w, w_scale, sizes, dtype=dtype, implementation=implementation
+        )
+
+    both = multiply(rows, weights.gate_up)
+    return multiply(swiglu_quantize(both, row_weight), weights.down), both
 
 
 def _forward(x, gate_up, down, sizes, row_weight, weights, implementation):
@@ -67,12 +71,17 @@ def _forward(x, gate_up, down, sizes, row_weight, weights, implementation):
 def _backward(implementation, residuals, dy):
     x_tokens, both, row_weight, (gate_up, down), sizes = residuals
     options = {"dtype": both.dtype, "implementation": implementation}
+
+    def multiply(rows, matrices):
+        (codes, scale), (w, w_scale) = rows, matrices
+        return grouped_matmul_quantized(codes, scale, w, w_scale, sizes, **options)
+
     dy_rows, dy_tokens = quantize_both(dy, sizes)
-    d_hidden = grouped_matmul_quantized(*dy_rows, *down, sizes, **options)
+    d_hidden = multiply(dy_rows, down)
     gradient = swiglu_backward(both, d_hidden, row_weight, sizes)
     d_down = grouped_matmul_of_tokens(gradient.hidden, dy_tokens, **options)
     d_gate_up = grouped_matmul_of_tokens(x_tokens, gradient.tokens, **options)
-    dx = grouped_matmul_quantized(*gradient.rows, *gate_up, sizes, **options)
+    dx = multiply(gradient.rows, gate_up)
     return dx, d_gate_up, d_down, None, gradient.row_weight.astype(row_weight.dtype), None
 
 
@@ -110,9 +119,10 @@ def expert_mlp_fp8(
     Raises:
       ValueError: shapes or dtypes that do not fit, or an implementation that cannot run.
     """
-    check_operands(x, gate_up, weights and weights.gate_up, "expert_mlp_fp8: gate_up")
+    quantised = (None, None) if weights is None else weights
+    check_operands(x, gate_up, quantised[0], "expert_mlp_fp8: gate_up")
     hidden = jax.ShapeDtypeStruct((x.shape[0], gate_up.shape[2] // 2), x.dtype)
-    check_operands(hidden, down, weights and weights.down, "expert_mlp_fp8: down")
+    check_operands(hidden, down, quantised[1], "expert_mlp_fp8: down")
     if gate_up.shape[2] != 2 * down.shape[1] or down.shape[2] != x.shape[1]:
         raise ValueError(
             f"{gate_up.shape=}, {down.shape=} must be [G, D, 2F], [G, F, D] (expert_mlp_fp8)"

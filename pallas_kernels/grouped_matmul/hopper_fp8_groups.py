@@ -1,7 +1,7 @@
 """FP8 wgrad on Hopper: per-group products over rows, both operands quantised token-wise.
 
-A block's tile is 128 by 128 of one group's gradient, 64 rows of it to each consumer. Both scales
-change along the tile: one for each of its rows and one for each of its columns.
+A block's tile is 128 by 128 or 256 of one group's gradient, 64 rows of it to each consumer. Both
+scales change along the tile: one for each of its rows and one for each of its columns.
 """
 
 import functools
@@ -26,11 +26,9 @@ def multiply_groups(
 ) -> jax.Array:
     """Operands [K, P] and [N, P] -> bfloat16 [G, K, N]; K and N are multiples of 128."""
     (k, _), n, groups = x.codes.shape, dy.codes.shape[0], x.first.shape[0]
-    tile = tile or group_tile(k, n)
-    if n % tile.columns or k % (TILE * tile.cluster):
-        raise ValueError(
-            f"{k=}, {n=} must be multiples of {TILE=} times {tile.cluster=}, {tile.columns=}"
-        )
+    tile = tile or group_tile(n)
+    if n % tile.columns:
+        raise ValueError(f"{n=} must be a multiple of {tile.columns=}")
     kernel = pipeline.launch(
         functools.partial(_body, tile=tile),
         jax.ShapeDtypeStruct((groups, k, n), jnp.bfloat16),
@@ -40,9 +38,9 @@ def multiply_groups(
             "x_scales": plgpu.SMEM((tile.stages, TILE), jnp.float32),
             "dy_scales": plgpu.SMEM((tile.stages, tile.columns), jnp.float32),
             "staged": pipeline.staging(ATOM, tile.store_slots, jnp.bfloat16),
-            **pipeline.ring_barriers(4, tile.stages, tile.cluster),
+            **pipeline.ring_barriers(4, tile.stages, 1),
         },
-        cluster=tile.cluster,
+        cluster=1,
         name="grouped_matmul_fp8_wgrad",
         interpret=interpret,
     )
@@ -53,16 +51,14 @@ def _body(
     first, count, x, x_scale, dy, dy_scale, out,
     x_slots, dy_slots, x_scales, dy_scales, staged, full, empty, turn, *, tile,
 ):  # fmt: skip
-    ring = pipeline.Ring(full, empty, turn, tile.stages, tile.lead)
-    groups, k_tiles = out.shape[0], out.shape[1] // (TILE * tile.cluster)
-    n_tiles = out.shape[2] // tile.columns
+    ring = pipeline.Ring(full, empty, turn, tile.stages, 0)
+    groups, k_tiles, n_tiles = out.shape[0], out.shape[1] // TILE, out.shape[2] // tile.columns
 
     def fetch(index):
         group = lax.div(index, k_tiles * n_tiles)
         local = index - group * (k_tiles * n_tiles)
         n_tile = lax.div(local, k_tiles)
-        k_tile = (local - n_tile * k_tiles) * tile.cluster + lax.axis_index(pipeline.CLUSTER)
-        return group, k_tile, n_tile, first[group], count[group]
+        return group, local - n_tile * k_tiles, n_tile, first[group], count[group]
 
     for_each_tile = functools.partial(pipeline.for_each_tile, groups * k_tiles * n_tiles, fetch)
 
@@ -72,15 +68,12 @@ def _body(
 
             def copy(i, slot, full):
                 tokens = pl.ds((start + i) * TILE, TILE)
-                shared = pipeline.CLUSTER if tile.cluster > 1 else None
                 n_first = n_tile * tile.columns
-                for codes, scale, channels, slots, scales, axes in (
-                    (x, x_scale, pl.ds(k_tile * TILE, TILE), x_slots, x_scales, None),
-                    (dy, dy_scale, pl.ds(n_first, tile.columns), dy_slots, dy_scales, shared),
+                for codes, scale, channels, slots, scales in (
+                    (x, x_scale, pl.ds(k_tile * TILE, TILE), x_slots, x_scales),
+                    (dy, dy_scale, pl.ds(n_first, tile.columns), dy_slots, dy_scales),
                 ):
-                    plgpu.copy_gmem_to_smem(
-                        codes.at[channels, tokens], slots.at[slot], full, collective_axes=axes
-                    )
+                    plgpu.copy_gmem_to_smem(codes.at[channels, tokens], slots.at[slot], full)
                     plgpu.copy_gmem_to_smem(scale.at[start + i, channels], scales.at[slot], full)
 
             return pipeline.fill(ring, steps, step, copy)

@@ -67,7 +67,7 @@ def _body(
     lines, count, x, x_scale, w, w_scale, out,
     x_slots, w_slots, x_scales, w_scales, staged, full, empty, turn, *, tile,
 ):  # fmt: skip
-    ring = pipeline.Ring(full, empty, turn, tile.stages, tile.lead)
+    ring = pipeline.Ring(full, empty, turn, tile.stages, 0)
     steps = x.shape[1] // TILE
     column_tiles = out.shape[1] // (tile.columns * tile.cluster)
     blocks = tile.columns // TILE

@@ -22,10 +22,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.hopper_pipeline import WARPGROUP, Ring
+from pallas_kernels.grouped_matmul.hopper_pipeline import Ring
 
-# Registers for running sums a thread may have beside the totals, 64 x 128 / 128 threads each.
-_PARTIAL_REGISTERS = 192
+# Registers of a thread that totals and running sums may take of its 232.
+_SUM_REGISTERS = 192
 
 
 class Products(NamedTuple):
@@ -59,10 +59,6 @@ def promoted_sum(
     Returns:
       float32 `products.shape` of each part, and the step after the tile.
     """
-    chains, rest = counts
-    first = lax.axis_index(WARPGROUP) == 0
-    # In a tile of fewer steps than slots the first consumer could come round to `turn` twice.
-    turns = (chains * chain >= ring.stages) if ring.lead else False
 
     def loop(times, length, carry):
         def body(_, carry):
@@ -73,16 +69,9 @@ def promoted_sum(
         return lax.fori_loop(0, times, body, carry)
 
     zeros = plgpu.layout_cast(jnp.zeros(products.shape, jnp.float32), plgpu.Layout.WGMMA)
-    carry = step, jnp.int32(0), (zeros,) * products.parts
-    if ring.lead:
-        pl.when(~first & turns)(lambda: plgpu.barrier_wait(ring.turn.at[0]))
-        early = jnp.where(turns, ring.lead, 0)
-        carry = loop(early, chain, carry)
-        pl.when(first & turns)(lambda: plgpu.barrier_arrive(ring.turn.at[0]))
-        chains = chains - early
-    carry = loop(chains, chain, carry)
-    if rest is not None:
-        carry = loop(rest, 1, carry)
+    carry = loop(counts[0], chain, (step, jnp.int32(0), (zeros,) * products.parts))
+    if counts[1] is not None:
+        carry = loop(counts[1], 1, carry)
     step, _, totals = carry
     return totals, step
 
@@ -98,7 +87,7 @@ def _run_chain(
     """`totals` and the promoted sums of `length` steps from `step`, the `index`-th of its tile."""
     order = [(i, part) for i in range(length) for part in range(products.parts)]
     registers = products.shape[1] // 2
-    overlap = (products.parts + 2) * registers <= _PARTIAL_REGISTERS
+    overlap = (products.parts + 2) * registers <= _SUM_REGISTERS
     slots = [lax.rem(step + i, ring.stages) for i in range(length)]
     scales = {}
 

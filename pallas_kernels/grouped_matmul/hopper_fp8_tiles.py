@@ -25,7 +25,6 @@ class RowTile:
       panel: row tasks of one group that are walked together, column after column, so that the
         weights are read once for all of them while the rows stay in L2.
       store_slots: chunks of 64 by 64 outputs each consumer may have on their way to memory.
-      lead: chains between the consumers, see `hopper_pipeline.drain`; 0: any number.
     """
 
     rows: tuple[int, ...]
@@ -35,7 +34,6 @@ class RowTile:
     cluster: int = 1
     panel: int = 16
     store_slots: int = 1
-    lead: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,33 +41,30 @@ class GroupTile:
     """Tile of wgrad: 128 by some outputs of one group, 128 of its rows a step.
 
     Attributes:
-      columns, stages, chain, store_slots, lead: as in `RowTile`.
-      cluster: blocks that share the loads of their 128 or 256 columns, 1 or 2.
+      columns, stages, chain, store_slots: as in `RowTile`.
     """
 
     columns: int = 128
     stages: int = 5
     chain: int = 2
     store_slots: int = 2
-    cluster: int = 1
-    lead: int = 0
 
 
-# On an H200, forward at 32768 rows, 32 groups, 7168 -> 4096: chains of 1, 2 and 4 gave 893, 989 and
-# 1028 TFLOP/s; multicast gave nothing. Panels of 16, block scales read a chain ahead and wgrad's
-# chain come from the compiled code (no spilled register, no early wait) and are not measured yet.
-# Many rows a group: almost every task is whole.
-_MANY = RowTile(rows=(128,))
-# Fewer: a group's last rows are a good part of it.
-_FEW = RowTile(rows=(16, 32, 64, 96, 128))
+# Measured with scripts/benchmark_fp8.py. The chip's power is what limits both kernels, so the tile
+# that moves fewer bytes wins, though only the other consumer hides the promotion of its sums.
+_WIDE = {"columns": 256, "stages": 4, "chain": 1}
+# Many rows a group: almost every task is whole. Fewer: its last rows are a good part of a group.
+_MANY, _FEW = (128,), (16, 32, 64, 96, 128)
 _MANY_FROM = 512
 
 
 def row_tile(rows: int, groups: int, columns: int) -> RowTile:
     """The tile for `rows` rows in `groups` groups and `columns` output columns."""
-    return _MANY if rows >= _MANY_FROM * groups else _FEW
+    if rows < _MANY_FROM * groups:
+        return RowTile(_FEW)
+    return RowTile(_MANY) if columns % 256 else RowTile(_MANY, **_WIDE)
 
 
-def group_tile(rows: int, columns: int) -> GroupTile:
-    """The tile of wgrad for gradients of `rows` by `columns`."""
-    return GroupTile()
+def group_tile(columns: int) -> GroupTile:
+    """The tile of wgrad for `columns` output columns."""
+    return GroupTile() if columns % 256 else GroupTile(**_WIDE, store_slots=1)

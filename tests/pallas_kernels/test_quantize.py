@@ -274,6 +274,9 @@ def test_errors_name_what_does_not_fit():
         quantize_weights(jnp.zeros((2, 128, 100)), "triton")
     with pytest.raises(ValueError, match="channels=100 must be a multiple of 64"):
         transpose_quantize(jnp.zeros((32, 100)), jnp.zeros(2, jnp.int32), "triton")
+    huge = jax.ShapeDtypeStruct((128, 7168, 4096), jnp.bfloat16)  # offsets would overflow
+    with pytest.raises(ValueError, match="must not lie between 2\\*\\*31 and 2\\*\\*32"):
+        jax.eval_shape(functools.partial(quantize_weights, implementation="triton"), huge)
     run = jax.jit(lambda x: quantize_tiles(x, "triton"))
     with pytest.raises(ValueError, match="triton.*runs on CUDA, not on cpu"):
         run(jnp.zeros((32, 128)))
