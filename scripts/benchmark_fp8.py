@@ -1,14 +1,15 @@
 """FP8 grouped matmul beside bfloat16 and what a user could pick instead, on one GPU.
 
     python scripts/benchmark_fp8.py [options of benchmark_kernels.py] [--fp8-tile wgrad:chain=4 ...]
-    python scripts/benchmark_fp8.py --whole [--shapes A] [--rounds 5] [--json FILE]
+    python scripts/benchmark_fp8.py --quantisers --experts [--shapes A] [--rounds 5] [--json FILE]
 
 Rows of `ours fp8` time the product of operands that were quantised beforehand, and their `error` is
-the distance from the float32 product of the dequantised operands. `--whole` times what that leaves
-out: each quantiser, and the SwiGLU experts whose gate and up projection the shape is, forward and
-backward, in FP8 and in bfloat16. Beside a quantiser stand its distances from the portable one: for
-each array of codes "share that differ/most steps apart", for each of scales "relative L2/largest";
-beside the experts in FP8 those of the result and of each gradient from bfloat16.
+the distance from the float32 product of the dequantised operands. The other two time what that
+leaves out: each quantiser; and the SwiGLU experts whose gate and up projection the shape is,
+forward and backward, in FP8 and in bfloat16. Beside a quantiser stand its distances from the
+portable one: for each array of codes "share that differ/most steps apart", for each of scales
+"relative L2/largest"; beside the experts in FP8 those of the result and of each gradient from
+bfloat16.
 """
 
 import argparse
@@ -211,13 +212,21 @@ def experts(problem: base.Problem) -> dict[str, tuple[Callable, tuple]]:
 
 @dataclasses.dataclass
 class _Line:
-    """One line of `--whole`: how to start it, and what is reported of it."""
+    """One line of the table: what to run, what is reported of it."""
 
     name: str
-    run: Callable
+    function: Callable
+    operands: tuple
     moved: float = 0.0
     note: str = ""
+    compiled: Callable = dataclasses.field(default=lambda *_: None)
     times: list[float] = dataclasses.field(default_factory=list)
+
+    def compile(self) -> None:
+        self.compiled = jax.jit(self.function).lower(*self.operands).compile()
+
+    def run(self) -> Any:
+        return self.compiled(*self.operands)
 
     def start(self) -> jax.Array:
         return jax.tree.leaves(self.run())[0]
@@ -237,43 +246,62 @@ class _Line:
         return {"shape": shape, "name": self.name, "ms": ms, "note": self.note}
 
 
-def time_whole(shape: str, options: argparse.Namespace) -> list[dict]:
-    """Each quantiser, and the experts forward and backward in FP8 beside bfloat16."""
-    problem = base.Problem(shape)
-    lines = {
-        f"{way} {name}": _Line(f"{way} {name}", functools.partial(jax.jit(run), *operands), moved)
-        for name, (quantiser, operands, moved) in quantisers(problem).items()
-        for way in ("portable", "triton")
-        for run in [functools.partial(quantiser, implementation=way)]
-    }
-    for name, (run, operands) in experts(problem).items():
-        lines[name] = _Line(name, functools.partial(run, *operands))
-    begin = time.monotonic()
+def _time(shape: str, lines: list[_Line], pairs: dict[str, str], options: Any) -> list[dict]:
+    """Compiles all lines, runs each once, compares the `pairs` by name, then times in turn."""
+    begin, named = time.monotonic(), {line.name: line for line in lines}
+
+    def say(what: str) -> None:
+        print(f"{shape}: {what} after {time.monotonic() - begin:.0f} s", flush=True)
+
+    def prepare(line: _Line) -> None:
+        line.compile()
+        say(f"{line.name} compiled")
+
     with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
-        list(pool.map(lambda line: jax.block_until_ready(line.start()), lines.values()))
-    print(f"{shape}: compiled in {time.monotonic() - begin:.0f} s", flush=True)
-    for name in quantisers(problem):
-        lines[f"triton {name}"].compare(lines[f"portable {name}"])
-    lines["experts fp8, without weights"].compare(lines["experts bfloat16"])
-    print(f"{shape}: compared after {time.monotonic() - begin:.0f} s", flush=True)
-    everything, shuffle = list(lines.values()), np.random.default_rng(0).permutation
+        list(pool.map(prepare, lines))
+    for line in lines:
+        jax.block_until_ready(line.start())
+        say(f"{line.name} ran")
+    for mine, other in pairs.items():
+        named[mine].compare(named[other])
+    shuffle = np.random.default_rng(0).permutation
     for _ in range(options.rounds):
-        for i in shuffle(len(everything)):
-            everything[i].times.append(base.seconds(everything[i].start, 5))
-    return [line.record(shape) for line in everything]
+        for i in shuffle(len(lines)):
+            lines[i].times.append(base.seconds(lines[i].start, 5))
+    return [line.record(shape) for line in lines]
+
+
+def time_quantisers(shape: str, options: argparse.Namespace) -> list[dict]:
+    """Each quantiser beside the portable one."""
+    table = quantisers(base.Problem(shape))
+    lines = [
+        _Line(f"{way} {name}", functools.partial(run, implementation=way), operands, moved)
+        for name, (run, operands, moved) in table.items()
+        for way in ("portable", "triton")
+    ]
+    return _time(shape, lines, {f"triton {name}": f"portable {name}" for name in table}, options)
+
+
+def time_experts(shape: str, options: argparse.Namespace) -> list[dict]:
+    """The experts forward and backward in FP8 beside bfloat16."""
+    lines = [_Line(name, *work) for name, work in experts(base.Problem(shape)).items()]
+    return _time(shape, lines, {"experts fp8, without weights": "experts bfloat16"}, options)
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
     parser.add_argument("--fp8-tile", action="append", default=[])
-    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--quantisers", action="store_true")
+    parser.add_argument("--experts", action="store_true")
     options, rest = parser.parse_known_args(arguments)
-    if options.whole:
+    tables = [time_quantisers] * options.quantisers + [time_experts] * options.experts
+    if tables:
         base_options = base.parse(rest)
         print(f"{torch.cuda.get_device_name()}, jax {jax.__version__}", flush=True)
         records = []
         for shape in base_options.shapes:
-            records += time_whole(shape, base_options)
+            for table in tables:
+                records += table(shape, base_options)
         if base_options.json:
             base_options.json.write_text(json.dumps(records, indent=1))
         return 0

@@ -72,7 +72,10 @@ def _body(
     column_tiles = out.shape[1] // (tile.columns * tile.cluster)
     blocks = tile.columns // TILE
     fetch = functools.partial(_fetch, lines, column_tiles, tile.cluster)
-    for_each_tile = functools.partial(pipeline.for_each_tile, count[0] * column_tiles, fetch)
+    # Registers are full: for alternating turns ptxas spills the loop, at less than half the speed.
+    for_each_tile = functools.partial(
+        pipeline.for_each_tile, count[0] * column_tiles, fetch, alternate=False
+    )
 
     def by_rows(high: jax.Array, run: Callable[[int, jax.Array], jax.Array], step: jax.Array):
         """`run(rows, step)` compiled for the smallest of the tile's row counts that fits."""

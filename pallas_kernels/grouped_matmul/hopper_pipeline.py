@@ -121,11 +121,13 @@ def for_each_tile(
     fetch: Callable[[jax.Array], tuple],
     visit: Callable[[tuple, Any], Any],
     state: Any = 0,
+    *,
+    alternate: bool = True,
 ) -> Any:
     """Visits this cluster's tiles, one of every `clusters`, and returns the last state.
 
-    Every other turn goes backwards: where tiles come largest first, no cluster then always gets
-    the largest of a turn.
+    With `alternate` every other turn goes backwards: where tiles come largest first, no cluster
+    then always gets the largest of a turn. It costs a few registers all along.
 
     `visit(record, state)` returns the state after the tile: the ring's step count, and what else
     `state` starts with. The record of the next tile is fetched before a tile is visited, so nobody
@@ -134,6 +136,8 @@ def for_each_tile(
     cluster, clusters = lax.axis_index(BLOCK), lax.axis_size(BLOCK)
 
     def tile_of(turn: jax.Array) -> jax.Array:
+        if not alternate:
+            return cluster + turn * clusters
         back = lax.rem(turn, 2) == 1
         return turn * clusters + jnp.where(back, clusters - 1 - cluster, cluster)
 
@@ -142,8 +146,11 @@ def for_each_tile(
         ahead = fetch(jnp.minimum(tile_of(turn + 1), tiles - 1))
         return visit(record, state), ahead
 
-    whole = lax.div(tiles, clusters)
-    turns = whole + jnp.where(tile_of(whole) < tiles, 1, 0)
+    if alternate:
+        whole = lax.div(tiles, clusters)
+        turns = whole + jnp.where(tile_of(whole) < tiles, 1, 0)
+    else:
+        turns = lax.div(tiles - cluster + (clusters - 1), clusters)
     start = jax.tree.map(jnp.asarray, state), fetch(jnp.minimum(cluster, tiles - 1))
     return lax.fori_loop(0, turns, loop, start)[0]
 
