@@ -8,6 +8,7 @@ Validation happens on construction: a `ConfigError` names the value, the rule an
 """
 
 from dsv3_jax.config.checks import ConfigError, nearest_name
+from dsv3_jax.config.cluster import ClusterConfig
 from dsv3_jax.config.model import ModelConfig, RopeScaling
 from dsv3_jax.config.train import (
     BatchConfig,
@@ -24,6 +25,7 @@ from dsv3_jax.config.train import (
 __all__ = [
     "BatchConfig",
     "CheckpointConfig",
+    "ClusterConfig",
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",

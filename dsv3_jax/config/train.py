@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from dsv3_jax.config.checks import require
+from dsv3_jax.config.cluster import ClusterConfig
 from dsv3_jax.config.model import ModelConfig
 
 
@@ -260,6 +261,7 @@ class TrainConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
