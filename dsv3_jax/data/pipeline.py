@@ -79,37 +79,39 @@ class TrainingData:
         self,
         start: int,
         sizes: Callable[[int], int] | int,
-        host_index: int = 0,
-        host_count: int = 1,
+        *,
+        group: int = 1,
+        part: np.ndarray | None = None,
     ) -> "grain.DatasetIterator[np.ndarray]":
         """The endless stream of batches from global example `start` on.
 
-        Each step takes the next `size` global examples, of which host h of n gets the h-th of n
-        equal, contiguous parts; the global stream is the same for every number of hosts. A run
-        that consumed k examples resumes with `start=k`. `data.prefetch` batches are read ahead by
-        threads.
+        Each step takes the next `size` global examples. Of every `group` of them (a microbatch) a
+        process reads those at the positions `part`, so all processes together read one stream,
+        however many they are. A run that consumed k examples resumes with `start=k`.
+        `data.prefetch` batches are read ahead by threads.
 
         Args:
           start: global index of the first example.
           sizes: global sequences a step, or a pure function from the index of a step's first
             example to that (called from reading threads).
-          host_index: this host, in [0, host_count).
-          host_count: hosts that share the stream; must divide every size.
+          group: examples that `part` divides; must divide every size.
+          part: int64 [n], positions in [0, group); None for all.
 
         Returns:
-          An iterator of int32 [size / host_count, T + 1]; its `close()` stops reading ahead.
+          An iterator of int32 [size / group * n, T + 1]; its `close()` stops reading ahead.
 
         Raises:
           DataError: an argument is out of range; for a size, when its batch is asked for.
         """
-        if start < 0 or not 0 <= host_index < host_count:
+        part = np.arange(group) if part is None else part
+        if start < 0 or not len(part) or part.min() < 0 or part.max() >= group:
             raise DataError(
-                f"{start=} must not be negative and {host_index=} must be in "
-                f"[0, host_count={host_count}) (TrainingData.batches)"
+                f"{start=} must not be negative and part={part.tolist()} must be positions in "
+                f"[0, {group=}) (TrainingData.batches)"
             )
         import grain  # seconds to import, and only training needs it
 
-        steps = _Steps(self._packed, start, sizes, host_index, host_count)
+        steps = _Steps(self._packed, start, sizes, group, part)
         threads = min(self._data.prefetch, _READ_THREADS)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._data.prefetch)
         return iter(grain.MapDataset.source(steps).to_iter_dataset(options))
@@ -154,20 +156,19 @@ class TrainingData:
 
 
 class _Steps:
-    """Random access to a host's batches by step, which is what Grain's readers ask for."""
+    """Random access to a process's batches by step, which is what Grain's readers ask for."""
 
     def __init__(
         self,
         packed: PackedSequences,
         start: int,
         sizes: Callable[[int], int] | int,
-        host_index: int,
-        host_count: int,
+        group: int,
+        part: np.ndarray,
     ) -> None:
         self._packed = packed
         self._size_at = sizes if callable(sizes) else lambda first: sizes
-        self._host_index = host_index
-        self._host_count = host_count
+        self._group, self._part = group, part
         self._starts = [start]  # global index of each step's first example, as far as known
         self._lock = threading.Lock()
 
@@ -180,16 +181,15 @@ class _Steps:
                 first = self._starts[-1]
                 self._starts.append(first + self._checked_size(first))
             first, end = self._starts[index : index + 2]
-        local = (end - first) // self._host_count
-        first += local * self._host_index
-        return self._packed.examples(np.arange(first, first + local))
+        groups = np.arange(first, end, self._group)
+        return self._packed.examples((groups[:, None] + self._part).reshape(-1))
 
     def _checked_size(self, first: int) -> int:
         size = operator.index(self._size_at(first))
-        if size <= 0 or size % self._host_count:
+        if size <= 0 or size % self._group:
             raise DataError(
                 f"batch size {size} at example {first} must be positive and divisible by "
-                f"host_count={self._host_count} (TrainingData.batches)"
+                f"group={self._group} (TrainingData.batches)"
             )
         return size
 

@@ -51,8 +51,8 @@ def data(folder):
     return open_data(_config(folder))
 
 
-def _take(data, count, start, sizes, **hosts):
-    iterator = data.batches(start, sizes, **hosts)
+def _take(data, count, start, sizes, **parts):
+    iterator = data.batches(start, sizes, **parts)
     taken = list(itertools.islice(iterator, count))
     iterator.close()
     return taken
@@ -85,16 +85,15 @@ def test_resuming_equals_never_stopping_also_past_an_epoch_and_while_growing(dat
 
 
 @pytest.mark.parametrize("sizes", [8, _growing])
-def test_any_number_of_hosts_reads_the_same_global_batches(data, sizes):
+@pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[0, 2], [1, 3], [0, 2]], [[3], [1, 2], [0]]])
+def test_any_number_of_processes_reads_the_same_global_batches(data, sizes, parts):
     alone = _take(data, 6, 4, sizes)
-    for count in (2, 4):
-        hosts = [
-            _take(data, 6, 4, sizes, host_index=host, host_count=count) for host in range(count)
-        ]
-        for step, batch in enumerate(alone):
-            parts = [host[step] for host in hosts]
-            assert len({len(part) for part in parts}) == 1
-            np.testing.assert_array_equal(np.concatenate(parts), batch)
+    processes = [_take(data, 6, 4, sizes, group=4, part=np.array(part)) for part in parts]
+    for step, batch in enumerate(alone):
+        microbatches = np.full((len(batch) // 4, 4, LENGTH + 1), -1)
+        for part, batches in zip(parts, processes, strict=True):
+            microbatches[:, part] = batches[step].reshape(-1, len(part), LENGTH + 1)
+        np.testing.assert_array_equal(microbatches.reshape(batch.shape), batch)
 
 
 def test_epochs_cover_all_training_tokens(data):
@@ -248,9 +247,13 @@ def test_blank_corpus_and_unwritable_cache_are_named(tmp_path):
     ("arguments", "message"),
     [
         ({"start": -1}, r"start=-1 must not be negative"),
-        ({"host_index": 2, "host_count": 2}, r"host_index=2 must be in \[0, host_count=2\)"),
-        ({"sizes": 6, "host_count": 4}, r"batch size 6 at example 0 .* divisible by host_count=4"),
-        ({"sizes": lambda first: 4 - first, "host_count": 4}, r"batch size 0 at example 4"),
+        (
+            {"group": 2, "part": np.array([1, 2])},
+            r"part=\[1, 2\] must be .* \[0, group=2\)",
+        ),
+        ({"part": np.array([], int)}, r"part=\[\] must be positions"),
+        ({"sizes": 6, "group": 4}, r"batch size 6 at example 0 .* divisible by group=4"),
+        ({"sizes": lambda first: 4 - first, "group": 4}, r"batch size 0 at example 4"),
     ],
 )
 def test_bad_batch_arguments_are_named(data, arguments, message):
