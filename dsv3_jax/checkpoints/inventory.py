@@ -46,13 +46,21 @@ def read_inventory(folder: Path) -> dict[str, list[int]]:
     return files
 
 
-def find_damage(folder: Path, only: str | None = None) -> str | None:
-    """The first disagreement between a folder and its inventory, None if there is none."""
+def find_damage(
+    folder: Path, only: str | None = None, *, share: tuple[int, int] = (0, 1)
+) -> str | None:
+    """The first disagreement between a folder and its inventory, None if there is none.
+
+    Args:
+      only: the one file to check; None: all.
+      share: (i, n): of all files, the i-th of n parts of about equal size.
+    """
     try:
         files = read_inventory(folder)
     except ValueError as error:
         return str(error)
-    names = [only] if only else sorted(files)
+    by_size = sorted(files, key=lambda name: (-files[name][0], name))
+    names = [only] if only else by_size[share[0] :: share[1]]
 
     def check(name: str) -> str | None:
         path = folder / name

@@ -4,12 +4,17 @@ A checkpoint is the folder `<directory>/<step>/state`. Orbax writes it aside and
 whole, so a killed run leaves at most a temporary folder, which nothing reads. Orbax does not
 notice a flipped byte in an array file; the inventory written here before the rename (size and
 CRC-32 of every file) does, and tells a damaged checkpoint from one of another model.
+
+Of several processes each writes, and lists, a folder of its own within that one, and checks its
+share of all files when they are read.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +23,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dsv3_jax.checkpoints.inventory import find_damage, one_line, write_inventory
+from dsv3_jax.checkpoints.inventory import find_damage, one_line
 from dsv3_jax.checkpoints.metadata import config_from_dict, config_to_dict, describe_run
+from dsv3_jax.checkpoints.state_handler import StateHandler, StateSave
 from dsv3_jax.config import ConfigError, nearest_name
 
 __all__ = [
@@ -62,6 +68,7 @@ class CheckpointStore:
         self._manager: ocp.CheckpointManager | None = None
         self._pending: int | None = None
         self._failure: CheckpointError | None = None
+        self._write_error: BaseException | None = None  # set by the writing threads
         self._metrics: dict[int, float | None] = {}
         logging.getLogger("absl").addFilter(_not_from_orbax)
 
@@ -98,7 +105,7 @@ class CheckpointStore:
         try:
             manager = self._open_manager()
             self._metrics[step], self._pending = metric, step
-            args = ocp.args.Composite(**{_ITEM: _StateSave(state, custom_metadata=record)})
+            args = ocp.args.Composite(**{_ITEM: StateSave(state, custom_metadata=record)})
             manager.save(step, args=args, force=True)
         except Exception as error:
             self._failure = self._not_written(step, error)
@@ -115,14 +122,31 @@ class CheckpointStore:
         if self._manager is None or self._pending is None:
             return
         try:
+            # Where a write has failed, Orbax waits for the other processes, and they for this one.
+            while self._write_error is None and self._manager.is_saving_in_progress():
+                time.sleep(0.005)
+            self.check()
             self._manager.wait_until_finished()
             # The rename is the last act of a write, so the folder is the proof.
-            if self._pending not in self.steps():
+            if jax.process_index() == 0 and self._pending not in self.steps():
                 raise FileNotFoundError("its folder is not there")
+        except CheckpointError:
+            raise
         except Exception as error:
             self._failure = self._not_written(self._pending, error)
             raise self._failure from error
         self._pending = None
+
+    def check(self) -> None:
+        """Raises what `wait` would, without waiting, where a write has already failed.
+
+        Raises:
+          CheckpointError: a write failed.
+        """
+        if self._failure is None and self._write_error is not None and self._pending is not None:
+            self._failure = self._not_written(self._pending, self._write_error)
+        if self._failure is not None:
+            raise self._failure from self._write_error
 
     def close(self) -> None:
         """Waits for the last write and ends the writing threads.
@@ -133,9 +157,13 @@ class CheckpointStore:
         try:
             self.wait()
         finally:
-            if self._manager is not None:
-                manager, self._manager = self._manager, None
+            manager, self._manager = self._manager, None
+            if manager is not None and self._failure is None:
                 manager.close()
+            # After a failure the other processes are gone, and closing would wait for them.
+            elif manager is not None and jax.process_count() == 1:
+                with contextlib.suppress(Exception):  # the same failure again
+                    manager.close()
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, ascending."""
@@ -223,9 +251,12 @@ class CheckpointStore:
                     cleanup_tmp_directories=True,
                     lightweight_initialize=True,
                 ),
-                item_handlers={_ITEM: _StateHandler()},
+                item_handlers={_ITEM: StateHandler(self._note_failure)},
             )
         return self._manager
+
+    def _note_failure(self, error: BaseException) -> None:
+        self._write_error = self._write_error or error
 
     def state_folder(self, step: int) -> Path:
         """The folder of a step that holds its arrays."""
@@ -254,8 +285,9 @@ class CheckpointStore:
             handler.close()
 
     def _verify(self, step: int, *, only: str | None = None) -> None:
-        """Checks the files of a step (or one of them) against the inventory."""
-        problem = find_damage(self.state_folder(step), only)
+        """Checks this process's share of a step's files (or one file) against the inventory."""
+        share = (jax.process_index(), jax.process_count())
+        problem = find_damage(self.state_folder(step), only, share=share)
         if problem:
             raise self._damaged(step, problem)
 
@@ -294,26 +326,6 @@ class _KeepNewestAndBest:
         kept = set(sorted(steps)[-self.keep :])
         kept.add(_lowest({step: self.metrics.get(step) for step in steps}))
         return [step in kept for step in steps]
-
-
-class _StateHandler(ocp.PyTreeCheckpointHandler):
-    """Orbax's pytree handler, which lists its files before the folder gets its final name."""
-
-    def finalize(self, directory: epath.Path) -> None:
-        super().finalize(directory)
-        write_inventory(Path(directory))
-
-
-@ocp.args.register_with_handler(_StateHandler, for_save=True)
-@dataclasses.dataclass
-class _StateSave(ocp.args.PyTreeSave):
-    """Save arguments of `_StateHandler`; Orbax finds a handler by the type of its arguments."""
-
-
-@ocp.args.register_with_handler(_StateHandler, for_restore=True)
-@dataclasses.dataclass
-class _StateRestore(ocp.args.PyTreeRestore):
-    """Orbax asks every handler for one; reading goes to the base handler directly."""
 
 
 def _lowest(metrics: dict[int, float | None]) -> int | None:
