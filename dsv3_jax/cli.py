@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,14 +53,36 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         sys.exit(0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end(130)
     except (*_BAD_INPUT, RuntimeError, OSError) as error:
         if os.environ.get("DSV3_TRACEBACK", "0") not in ("", "0"):
-            raise
+            if not _is_one_of_several():
+                raise
+            traceback.print_exc()
         bad_input = isinstance(error, _BAD_INPUT)
         hint = "" if bad_input else " (DSV3_TRACEBACK=1 shows the traceback)"
         print(f"error: {_describe(error)}{hint}", file=sys.stderr)
-        sys.exit(2 if bad_input else 1)
+        _end(2 if bad_input else 1)
+    except Exception:
+        if not _is_one_of_several():
+            raise
+        traceback.print_exc()
+        _end(1)
+    sys.exit(code)
+
+
+def _is_one_of_several() -> bool:
+    """Whether JAX runs on several processes, of which this is one."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process; one of several without JAX's exit handlers, which wait for the others."""
+    if _is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

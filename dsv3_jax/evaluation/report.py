@@ -42,20 +42,32 @@ def _percent(share: float | None) -> str:
 
 
 def write_report(
-    model: Transformer, variables: dict, config: TrainConfig, data: TrainingData, out: Path
+    model: Transformer, variables: dict, config: TrainConfig, data: TrainingData, out: Path | None
 ) -> str:
     """Evaluates a trained model and writes its report into `out`.
 
     `summary.json`, `loss.png`, `expert_load.png` (held-out load, layers by experts) and
     `sample.txt`. The baseline is a smoothed bigram model of all training tokens, scored on the
-    same held-out rows.
+    same held-out rows. Of several processes all must call it, one with `out`.
 
     Returns:
-      The report as text.
+      The report as text; "" without `out`.
     """
     rows = data.held_out(config.evaluation.final_sequences)
     byte_lengths = data.tokenizer.byte_lengths
     result = evaluate(model, variables, rows, byte_lengths, batch_size=config.batch.microbatch_size)
+    prompt = config.evaluation.prompt
+    text = complete(
+        model,
+        variables,
+        data.tokenizer,
+        prompt,
+        max_new_tokens=config.evaluation.sample_tokens,
+        temperature=config.evaluation.temperature,
+        seed=config.seed,
+    )
+    if out is None:
+        return ""
     bigram_loss = BigramModel.fit(data.train_tokens, data.tokenizer.vocab_size).loss(rows)
     summary = _summary(result, bigram_loss, float(byte_lengths[rows[:, 1:]].mean()))
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -73,16 +85,6 @@ def write_report(
         plot_expert_load(relative, out / "expert_load.png", layer_names=_layer_names(config))
         pictures += f", {out / 'expert_load.png'}"
 
-    prompt = config.evaluation.prompt
-    text = complete(
-        model,
-        variables,
-        data.tokenizer,
-        prompt,
-        max_new_tokens=config.evaluation.sample_tokens,
-        temperature=config.evaluation.temperature,
-        seed=config.seed,
-    )
     (out / "sample.txt").write_text(prompt + text, encoding="utf-8")
     return "\n".join(
         [

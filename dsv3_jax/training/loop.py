@@ -19,21 +19,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsv3_jax.checkpoints.store import CheckpointStore, config_to_dict, describe_run
-from dsv3_jax.config import ConfigError, TrainConfig
-from dsv3_jax.data.pipeline import TrainingData, open_data
+from dsv3_jax.checkpoints.store import CheckpointStore, describe_run
+from dsv3_jax.config import TrainConfig
+from dsv3_jax.data.pipeline import TrainingData
 from dsv3_jax.evaluation.perplexity import evaluate
 from dsv3_jax.evaluation.report import write_report
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.parallel.placement import batch_sharding, mesh_for, require_fit, state_shardings
+from dsv3_jax.parallel.cluster import Cluster
+from dsv3_jax.parallel.feeding import BatchFeed
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.placement import mesh_for, require_fit
 from dsv3_jax.training.flops import peak_flops, train_flops_per_token
 from dsv3_jax.training.metrics import METRIC_KEYS, MetricsWriter, ProgressBar
+from dsv3_jax.training.opening import open_data_together, open_run, start_state
 from dsv3_jax.training.optimizer import batch_size
 from dsv3_jax.training.step import (
     StepMetrics,
     TrainState,
     compiler_options,
-    init_state,
     jit_train_step,
 )
 
@@ -99,86 +102,31 @@ class _Step:
         model: Transformer,
         config: TrainConfig,
         mesh: Mesh | None,
+        feed: BatchFeed,
         state: TrainState,
+        cluster: Cluster,
         say: Any,
     ) -> None:
-        microbatch = config.batch.microbatch_size
-        self._batch_sharding = None if mesh is None else batch_sharding(mesh, microbatch)
         self._jitted = jit_train_step(model, config, state, mesh)
         self._options = compiler_options(mesh)
         self._compiled: dict[tuple[int, ...], Any] = {}
-        self._microbatch = config.batch.microbatch_size
-        self._say = say
+        self._feed, self._cluster, self._say = feed, cluster, say
 
     def __call__(self, state: TrainState, rows: np.ndarray) -> tuple[TrainState, StepMetrics]:
-        tokens = rows.reshape(-1, self._microbatch, rows.shape[1])
-        batch = {"tokens": jax.device_put(tokens, self._batch_sharding)}
+        tokens = self._feed.place(rows)
+        batch = {"tokens": tokens}
         if tokens.shape not in self._compiled:
             start = time.monotonic()
             lowered = self._jitted.lower(state, batch)
             self._compiled[tokens.shape] = lowered.compile(compiler_options=self._options)
-            count = tokens.shape[0]
+            # Collectives of CPUs wait only 30 s for a process that still compiles.
+            self._cluster.gather("the step is compiled", None)
+            count, sequences, _ = tokens.shape
             self._say(
-                f"compiled the step of {count} x {self._microbatch} sequences in "
+                f"compiled the step of {count} x {sequences} sequences in "
                 f"{time.monotonic() - start:.1f} s"
             )
         return self._compiled[tokens.shape](state, batch)
-
-
-def _fit_for_resume(saved: dict[str, Any], config: TrainConfig, data: TrainingData) -> None:
-    """Refuses to continue a run whose network or token stream would be another one."""
-    wanted = config_to_dict(config)
-    for section in ("model", "data"):
-        for key, value in wanted[section].items():
-            before = saved["config"][section].get(key, value)
-            # Where files are cached and how far they are read ahead changes no token.
-            if before != value and key not in ("cache_dir", "prefetch"):
-                raise ConfigError(
-                    f"{section}.{key}={value!r} must be {before!r} as in the checkpoint (--resume)"
-                )
-    for key, value in data.describe().items():
-        if key.endswith("_fingerprint") and saved["data"].get(key, value) != value:
-            raise ConfigError(
-                f"{key} {str(value)[:12]} must be {str(saved['data'][key])[:12]} as in the "
-                "checkpoint: the corpus or tokenizer has changed (--resume)"
-            )
-
-
-def _open_run(out: Path, config: TrainConfig, *, resume: bool) -> CheckpointStore:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} must be a directory (--out)")
-    store = CheckpointStore(out / "checkpoints", keep=config.checkpoint.keep)
-    if store.latest_step() is not None and not resume:
-        raise ConfigError(
-            f"{out} already holds a run at step {store.latest_step()}: continue it with --resume "
-            "or choose another directory (--out)"
-        )
-    if store.latest_step() is None and resume:
-        _log.info("no checkpoint in %s: starting a new run (--resume)", out)
-    out.mkdir(parents=True, exist_ok=True)
-    return store
-
-
-def _start_state(
-    store: CheckpointStore,
-    model: Transformer,
-    config: TrainConfig,
-    data: TrainingData,
-    mesh: Mesh | None,
-) -> TrainState:
-    """The newest checkpoint's state, or a fresh one where there is none, on its devices."""
-    abstract = jax.eval_shape(lambda: init_state(model, config))
-    shardings = None if mesh is None else state_shardings(mesh, abstract)
-    if store.latest_step() is None:
-        return jax.jit(init_state, static_argnums=(0, 1), out_shardings=shardings)(model, config)
-    _fit_for_resume(store.read_metadata(), config, data)
-    if shardings is not None:
-        abstract = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
-        )
-    state, _ = store.restore(None, abstract)
-    _log.info("resumed from step %d in %s", int(state.step), store.directory)
-    return state
 
 
 class _Run:
@@ -191,10 +139,13 @@ class _Run:
         store: CheckpointStore,
         data: TrainingData,
         mesh: Mesh | None,
+        cluster: Cluster,
     ) -> None:
         self.config, self.out, self.store, self.data, self.mesh = config, out, store, data, mesh
+        self.cluster = cluster
+        self.feed = BatchFeed(mesh, config.batch.microbatch_size)
         self.model = Transformer(config.model, config.runtime)
-        self.state = _start_state(store, self.model, config, data, mesh)
+        self.state = start_state(store, self.model, config, data, mesh)
         self.held_out = data.held_out(config.evaluation.sequences)
         device = jax.devices()[0]
         peak = peak_flops(device.device_kind)
@@ -215,7 +166,7 @@ class _Run:
         metadata["data"] = self.data.describe()
         self.store.save(self.step, self.state, metadata, metric=metric)
 
-    def evaluate(self, writer: MetricsWriter) -> float:
+    def evaluate(self, writer: MetricsWriter | None) -> float:
         result = evaluate(
             self.model,
             self.variables(),
@@ -223,11 +174,14 @@ class _Run:
             self.data.tokenizer.byte_lengths,
             batch_size=self.config.batch.microbatch_size,
         )
-        names = ("loss", "perplexity", "bits_per_byte", "accuracy", "mtp_accuracy")
-        writer.write_evaluation(self.step, {name: getattr(result, name) for name in names})
+        if writer is not None:
+            names = ("loss", "perplexity", "bits_per_byte", "accuracy", "mtp_accuracy")
+            writer.write_evaluation(self.step, {name: getattr(result, name) for name in names})
         return result.loss
 
-    def _record(self, writer: MetricsWriter, bar: ProgressBar, metrics: StepMetrics, s: float):
+    def _record(
+        self, writer: MetricsWriter | None, bar: ProgressBar, metrics: StepMetrics, s: float
+    ) -> None:
         """Writes the numbers of a step that took `s` seconds."""
         values = jax.device_get(metrics)
         tokens = int(self.state.sequences) * self.config.data.sequence_length
@@ -247,7 +201,8 @@ class _Run:
         extra = {f"max_vio/layer_{layer}": float(v) for layer, v in enumerate(vio)}
         for name in ("buffer_overflows", "buffer_need"):
             extra[f"train/{name}"] = float(getattr(values, name))
-        writer.write(row, {**extra, "train/skipped_steps": float(self.state.skipped)})
+        if writer is not None:
+            writer.write(row, {**extra, "train/skipped_steps": float(self.state.skipped)})
         bar.update(self.step, loss=float(values.loss), tokens_per_s=rate, mfu=mfu)
         self._check_buffer(values, bar)
         if values.skipped:
@@ -275,40 +230,58 @@ class _Run:
             bar.print(f"{told}): such steps are slower, their result is the same")
         self._told_of_overflow = True
 
-    def to(self, last: int, writer: MetricsWriter) -> bool:
-        """Trains until step `last`; False when a signal asked to stop before it."""
+    def to(self, last: int, writer: MetricsWriter | None) -> bool:
+        """Trains until step `last`; False when a signal to any process asked to stop before it."""
         config, length = self.config, self.config.data.sequence_length
-        first = self.step
         self._tokens_before = int(self.state.sequences) * length
         batches = self.data.batches(
-            int(self.state.sequences), lambda start: batch_size(config.batch, start * length)
+            int(self.state.sequences),
+            lambda start: batch_size(config.batch, start * length),
+            group=config.batch.microbatch_size,
+            part=self.feed.part,
         )
-        with ProgressBar(last, initial_step=first) as bar, _stop_requests() as stop:
-            train_step = _Step(self.model, config, self.mesh, self.state, bar.print)
+        bar = ProgressBar(last, initial_step=self.step, quiet=writer is None)
+        with bar, _stop_requests() as received:
+            train_step = _Step(
+                self.model, config, self.mesh, self.feed, self.state, self.cluster, bar.print
+            )
+            stop = 0  # the signal, once all processes know of it
             while self.step < last and not stop:
                 rows = next(batches)
                 before = time.monotonic()
                 self.state, metrics = train_step(self.state, rows)
                 jax.block_until_ready(metrics)
                 self._record(writer, bar, metrics, time.monotonic() - before)
-                evaluated = None
-                if self.step % config.evaluation.every_steps == 0 or self.step == last:
-                    evaluated = self.evaluate(writer)
-                    bar.print(f"step {self.step}: held-out loss {evaluated:.4f}")
-                if self.step % config.checkpoint.every_steps == 0 or self.step == last:
-                    self.save(evaluated)
+                self._after_step(last, writer, bar)
+                stop = self.cluster.largest(received[0] if received else 0)
             if stop and self.step < last:
                 self.save()
                 self.store.wait()
                 bar.print(
-                    f"stopped by {signal.Signals(stop[0]).name} at step {self.step}, saved in "
+                    f"stopped by {signal.Signals(stop).name} at step {self.step}, saved in "
                     f"{self.store.directory}; continue with --resume"
                 )
         batches.close()
         return self.step >= last
 
+    def _after_step(self, last: int, writer: MetricsWriter | None, bar: ProgressBar) -> None:
+        """Evaluates and saves where it is due."""
+        evaluated = None
+        if self.step % self.config.evaluation.every_steps == 0 or self.step == last:
+            evaluated = self.evaluate(writer)
+            bar.print(f"step {self.step}: held-out loss {evaluated:.4f}")
+        if self.step % self.config.checkpoint.every_steps == 0 or self.step == last:
+            self.save(evaluated)
+        self.store.check()
 
-def train(config: TrainConfig, out_dir: str | Path, *, resume: bool = False) -> int:
+
+def train(
+    config: TrainConfig,
+    out_dir: str | Path,
+    *,
+    resume: bool = False,
+    cluster: Cluster | None = None,
+) -> int:
     """Trains, evaluates, saves and reports; returns the exit code 0.
 
     `out_dir` receives `metrics.jsonl`, `evaluation.jsonl`, `tensorboard/`, `checkpoints/`, the
@@ -316,27 +289,37 @@ def train(config: TrainConfig, out_dir: str | Path, *, resume: bool = False) -> 
     SIGTERM and SIGINT save a checkpoint and end the run with 0. With `resume` it continues from
     the newest checkpoint, or starts where there is none.
 
+    Every process of `cluster` must call it alike; they share `out_dir`, where all write
+    checkpoints and one writes the rest. A signal to any of them stops all after the same step.
+
     Raises:
       ConfigError: bad input, a directory that holds a run (without `resume`), or a checkpoint of
         another network or token stream.
       CheckpointError, MetricsError: a write failed.
       TrainingError: too many steps in a row were not finite.
+      PeerError: another process failed.
     """
-    out = Path(out_dir)
+    out, cluster = Path(out_dir), cluster or Cluster()
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    mesh = mesh_for(config.parallel)
+    # Several processes always make a mesh: of all their devices.
+    mesh = mesh_for(config.parallel) if cluster.count == 1 else make_mesh(config.parallel)
     if mesh is not None:
         require_fit(mesh, config)
-    with contextlib.closing(_open_run(out, config, resume=resume)) as store:
-        data = open_data(config)
-        data.tokenizer.save(out / "tokenizer.json")
+    with contextlib.closing(open_run(out, config, cluster, resume=resume)) as store:
+        data = open_data_together(config, cluster)
+        if cluster.is_main:
+            data.tokenizer.save(out / "tokenizer.json")
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            run = _Run(config, out, store, data, mesh)
+            run = _Run(config, out, store, data, mesh, cluster)
             last = max(planned_steps(config), run.step)
-            with MetricsWriter(out, resume_step=run.step) as writer:
+            writer = MetricsWriter(out, resume_step=run.step) if cluster.is_main else None
+            with writer or contextlib.nullcontext():
                 finished = run.to(last, writer)
                 store.wait()
             if finished:
-                print(write_report(run.model, run.variables(), config, data, out))
+                place = out if cluster.is_main else None
+                report = write_report(run.model, run.variables(), config, data, place)
+                if cluster.is_main:
+                    print(report)
     return 0

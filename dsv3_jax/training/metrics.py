@@ -276,6 +276,7 @@ class ProgressBar:
       initial_step: steps completed before this run.
       file: where to print; standard error by default, so that standard output stays free.
       plain_seconds: seconds between plain lines.
+      quiet: show nothing.
     """
 
     def __init__(
@@ -285,19 +286,20 @@ class ProgressBar:
         initial_step: int = 0,
         file: TextIO | None = None,
         plain_seconds: float = 10.0,
+        quiet: bool = False,
     ) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
         from rich.table import Column
 
-        self._console = Console(file=file or sys.stderr, highlight=False)
+        self._console = Console(file=file or sys.stderr, highlight=False, quiet=quiet)
         self._total, self._initial = total_steps, initial_step
         self._plain_seconds = plain_seconds
         self._last_plain = -math.inf
         self._last_update: tuple[int, float] | None = None
         self._step_seconds: float | None = None
         self._progress: Progress | None = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal and not quiet:
             # Labels must never wrap: a second line would make the display jump.
             self._progress = Progress(
                 TextColumn("{task.fields[steps]}", table_column=Column(no_wrap=True)),

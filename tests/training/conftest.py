@@ -1,5 +1,8 @@
 """A run small enough for a test: one dense and one MoE layer with MTP, on a made-up corpus."""
 
+import os
+
+import jax
 import pytest
 
 _CONFIG = """
@@ -48,3 +51,21 @@ def config(config_file):
     from dsv3_jax.cli import load_config
 
     return load_config(config_file)
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    """Every run of a file compiles the same functions, in this process and in its children."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+        del os.environ[name.upper()]
