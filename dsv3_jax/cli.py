@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 failed; 2 bad input; 130 interrupted.
 import argparse
 import contextlib
 import dataclasses
+import glob
 import importlib.util
 import io
 import logging
@@ -41,6 +42,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     Exceptions that are neither bad input nor failures (`RuntimeError`, `OSError`) are bugs and
     keep their traceback.
     """
+    _skip_absent_accelerators()
     logging.basicConfig(format="%(message)s")
     for package in ("dsv3_jax", "pallas_kernels"):
         logging.getLogger(package).setLevel(logging.INFO)
@@ -69,6 +71,18 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         traceback.print_exc()
         _end(1)
     sys.exit(code)
+
+
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
+
+
+def _skip_absent_accelerators() -> None:
+    """Where no accelerator is, lets JAX use the CPU without libtpu's complaints of a missing TPU.
+
+    Where one is, or JAX_PLATFORMS is set, a failure to start it stays an error.
+    """
+    if not any(glob.glob(pattern) for pattern in _ACCELERATORS):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _is_one_of_several() -> bool:

@@ -1,6 +1,7 @@
 """The command line: overrides, one-line errors and exit codes."""
 
 import dataclasses
+import fnmatch
 import os
 import subprocess
 import sys
@@ -216,6 +217,21 @@ def test_tracebacks_on_request_and_for_bugs(monkeypatch):
     monkeypatch.setenv("DSV3_TRACEBACK", "1")
     with pytest.raises(RuntimeError):
         run(raiser(RuntimeError("x")))
+
+
+@pytest.mark.parametrize(
+    ("devices", "before", "after"),
+    [([], None, "cpu"), (["/dev/vfio/0"], None, None), (["/dev/nvidia0"], None, None),
+     ([], "cuda", "cuda")],
+)  # fmt: skip
+def test_without_an_accelerator_jax_is_told_so(devices, before, after, monkeypatch, capsys):
+    monkeypatch.setattr("glob.glob", lambda pattern: fnmatch.filter(devices, pattern))
+    monkeypatch.delenv("JAX_PLATFORMS")
+    if before is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", before)
+    seen = []
+    finish(lambda argv: seen.append(os.environ.get("JAX_PLATFORMS")), monkeypatch, capsys)
+    assert seen == [after]
 
 
 def test_one_line_parser_complains_without_usage():

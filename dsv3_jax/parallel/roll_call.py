@@ -100,8 +100,9 @@ class Coordinator:
         with contextlib.suppress(OSError, ValueError):
             while line := await reader.readline():
                 self._hear(index, json.loads(line))
-        if not self._begun:
-            self._guests.pop(index, None)
+        if not self._begun:  # it may come again, and another may have come in its place
+            if index in self._guests and self._guests[index].writer is writer:
+                del self._guests[index]
         elif not self._guests[index].left:
             self._note(True, f"{self._name(index)} is gone: killed, or its host lost", 1)
         writer.close()

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+from dsv3_jax.checkpoints.inventory import find_damage, read_inventory
 from dsv3_jax.checkpoints.store import (
     CheckpointError,
     CheckpointStore,
@@ -242,6 +243,28 @@ def test_every_damaged_file_is_found_and_nothing_older_is_taken(copied):
             path.write_bytes(whole)
     restored, _ = copied.restore(None, state)
     assert_same_bits(restored, make_state(9))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 40])
+def test_processes_share_out_the_checking(copied, count):
+    folder = copied.state_folder(9)
+    for name in read_inventory(folder):
+        path = folder / name
+        whole = path.read_bytes()
+        path.write_bytes(whole + b"x")
+        found = [find_damage(folder, share=(index, count)) for index in range(count)]
+        assert [problem is not None for problem in found].count(True) == 1, name
+        path.write_bytes(whole)
+
+
+def test_a_process_lists_what_it_wrote(two_steps, tmp_path):
+    folder = tmp_path / "state"
+    shutil.copytree(two_steps / "9" / "state", folder)
+    (own,) = folder.glob("ocdbt.process_*")
+    listed = read_inventory(own)
+    name = max(listed, key=lambda name: listed[name][0])
+    assert read_inventory(folder)[f"{own.name}/{name}"] == listed[name]
+    assert {path.name for path in own.iterdir()} >= {"inventory.json"}
 
 
 def test_damaged_metadata_is_not_read(copied):
