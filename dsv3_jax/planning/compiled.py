@@ -52,9 +52,16 @@ def tpu_devices(topology: Topology) -> list:
     Raises:
       ConfigError: libtpu is not installed, or does not offer this slice.
     """
-    # Else libtpu asks a cloud for metadata, and locks a chip that nobody here has.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    settings = {
+        # Else libtpu asks a cloud for metadata, and prints what it could not find out.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": f"{topology.chip.name}-{topology.devices}",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        # Nobody here has a chip to be alone with.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
     try:
         import libtpu  # noqa: F401  # pyrefly: ignore[missing-import]
     except ImportError:

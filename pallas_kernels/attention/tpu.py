@@ -5,6 +5,7 @@ kernels of its own: nothing of T x T ever lies in memory, and a compiler has one
 translate where the portable form writes every block out.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -82,6 +83,25 @@ def causal_attention(
         return x.swapaxes(1, 2)
 
     q = (q * jnp.float32(scale)).astype(q.dtype)
-    padded = length + -length % _LANES
-    out = jax.vmap(_kernel(q.shape[2], padded, interpret))(*map(heads_first, (q, k, v)))
+    out = _attend(interpret, *map(heads_first, (q, k, v)))
     return out.swapaxes(1, 2)[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return _attend_forward(interpret, q, k, v)[0]
+
+
+# Both kernels take the precision of products from the surroundings, and compile for no other than
+# this one with bfloat16 operands.
+def _attend_forward(interpret, q, k, v):
+    with jax.default_matmul_precision("default"):
+        return jax.vjp(jax.vmap(_kernel(*q.shape[1:3], interpret)), q, k, v)
+
+
+def _attend_backward(interpret, vjp, dout):
+    with jax.default_matmul_precision("default"):
+        return vjp(dout)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
