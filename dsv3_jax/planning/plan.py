@@ -11,9 +11,10 @@ from dsv3_jax.planning.memory import Memory, estimate
 from dsv3_jax.planning.roofline import Roofline, roofline
 from dsv3_jax.planning.traffic import estimate_collectives
 
-# What the runtime and the network keep for themselves is not published; a plan that leaves less
-# than this much of a device's memory free is not called fitting when nothing was compiled.
-_SPARE = 0.05
+# Compiled programs need up to this many times the modelled temporaries (docs/scaling.md), and the
+# runtime keeps some memory for itself: a plan from shapes must leave room for both.
+_MOST_OVER_MODEL = 1.25
+_USABLE = 0.97
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Plan:
     def fits(self) -> bool:
         if self.compiled is not None:
             return self.compiled.fits
-        return self.memory.total <= (1 - _SPARE) * self.topology.chip.hbm
+        needed = self.memory.arguments + _MOST_OVER_MODEL * self.memory.temporaries
+        return needed <= _USABLE * self.topology.chip.hbm
 
 
 def make_plan(config: TrainConfig, topology: Topology, *, compile: bool) -> Plan:

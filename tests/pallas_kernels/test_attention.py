@@ -72,3 +72,19 @@ def test_the_tpu_kernel_takes_bfloat16_only():
     q = jnp.zeros((1, 4, 2, 3))
     with pytest.raises(ValueError, match=r"takes bfloat16, not q.dtype=dtype\('float32'\)"):
         causal_attention(q, q, q, scale=1.0, implementation="tpu")
+
+
+def test_the_tpu_kernel_need_not_run_again():
+    """Its result and softmax statistics can be kept by name: then two kernels run, not three."""
+
+    def loss(q):
+        return tpu.causal_attention(q, q, q, scale=1.0, interpret=True).sum()
+
+    def kernels(policy):
+        gradient = jax.grad(jax.checkpoint(loss, policy=policy))
+        return str(jax.make_jaxpr(gradient)(q)).count("pallas_call[")
+
+    q = jnp.ones((1, 128, 2, 16), jnp.bfloat16)
+    policies = jax.checkpoint_policies
+    assert kernels(policies.nothing_saveable) == 3
+    assert kernels(policies.save_only_these_names("attention_output")) == 2
