@@ -95,8 +95,9 @@ def _attend(interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Ar
 # Both kernels take the precision of products from the surroundings, and compile for no other than
 # this one with bfloat16 operands.
 def _attend_forward(interpret, q, k, v):
+    _, heads, length, _ = q.shape
     with jax.default_matmul_precision("default"):
-        return jax.vjp(jax.vmap(_kernel(*q.shape[1:3], interpret)), q, k, v)
+        return jax.vjp(jax.vmap(_kernel(heads, length, interpret)), q, k, v)
 
 
 def _attend_backward(interpret, vjp, dout):
