@@ -50,7 +50,8 @@ def _compare(remat, **parallel):
     mesh = make_mesh(config.parallel)
     xla = compiled.lower_step(config, mesh).compile().memory_analysis()
     ours = memory.estimate(config, dict(mesh.shape), scores=True)
-    batch = 2 * (16 // 8) * 257 * 4  # microbatches, sequences of a device, tokens, bytes
+    sequences = 16 // (mesh.shape["fsdp"] * mesh.shape["expert"])  # of a device, a microbatch
+    batch = 2 * sequences * 257 * 4  # microbatches, sequences, tokens, bytes
     assert xla.argument_size_in_bytes == ours.arguments + batch
     # What outlives a step is exact. The rest models what a scheduler does: which buffers it lets
     # live at once is its choice, and the portable grouped product has tiles that are not modelled.
