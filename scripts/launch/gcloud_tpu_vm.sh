@@ -4,8 +4,9 @@
 #
 #   bash scripts/launch/gcloud_tpu_vm.sh create|install|start|follow|stop|delete
 #
-# Edit: the block below. NFS is a Filestore share (or any NFS server) in the slice's network: all
-# hosts write checkpoints to it, and it holds the corpus and the cache.
+# Edit: the block below; for another slice --parallel.* too, as scripts/plan.py ranks them. NFS is a
+# Filestore share (or any NFS server) in the slice's network: all hosts write checkpoints to it, and
+# it holds the corpus and the cache.
 set -euo pipefail
 
 NAME=dsv3
@@ -16,7 +17,6 @@ RUNTIME=v2-alpha-tpuv5       # v5e: v2-alpha-tpuv5-lite, v6e: v2-alpha-tpuv6e
 NFS=10.0.0.2:/share
 OUT=/mnt/share/runs/v3
 TRAIN="scripts/train.py configs/v3_671b.py --out $OUT --resume \
-    --parallel.fsdp -1 --parallel.expert 32 \
     --data.corpus /mnt/share/corpus --data.cache-dir /mnt/share/cache"
 
 on_all_hosts() {
