@@ -18,6 +18,11 @@ from dsv3_jax.planning.chips import Topology
 from dsv3_jax.planning.memory import abstract_state
 from dsv3_jax.training.step import compiler_options, jit_train_step
 
+# The compiler's words for too little memory: all of a program, or its temporaries alone.
+_COMPLAINTS = (
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+    r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -100,13 +105,13 @@ def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
         return step.lower(state, batch)
 
 
-def _over_memory(message: str) -> tuple[int, int] | None:
+def over_memory(message: str) -> tuple[int, int] | None:
     """(bytes needed, bytes there) of the compiler's complaint; None for another one."""
-    match = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-    if match is None:
-        return None
-    needed, there = (round(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3))
-    return needed, there
+    for pattern in _COMPLAINTS:
+        if match := re.search(pattern, message):
+            needed, there = (round(float(match[i]) * _UNITS[match[i + 1]]) for i in (1, 3))
+            return needed, there
+    return None
 
 
 def compile_step(config: TrainConfig, topology: Topology) -> Compiled:
@@ -122,7 +127,7 @@ def compile_step(config: TrainConfig, topology: Topology) -> Compiled:
         with jax.set_mesh(mesh):
             program = lowered.compile(compiler_options=compiler_options(mesh))
     except jax.errors.JaxRuntimeError as error:
-        over = _over_memory(str(error))
+        over = over_memory(str(error))
         if over is None:
             raise
         seconds = time.monotonic() - start

@@ -18,7 +18,7 @@ from dsv3_jax.config import (
     TrainConfig,
 )
 from dsv3_jax.planning.chips import parse_topology
-from dsv3_jax.planning.compiled import compile_step
+from dsv3_jax.planning.compiled import compile_step, over_memory
 from dsv3_jax.planning.plan import make_plan
 from dsv3_jax.planning.report import report
 from dsv3_jax.planning.search import search
@@ -150,14 +150,24 @@ def test_the_real_step_compiles_for_a_tpu():
     assert ("all-gather", ("fsdp", "expert")) in kinds
 
 
+@pytest.mark.parametrize(
+    ("message", "needed", "there"),
+    [
+        ("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded", 20.5, 15.75),
+        ("memory required for HLO temporaries (36.01G) exceeds available HBM (15.75G).", 36, 15.75),
+    ],
+)
+def test_the_compilers_words_for_too_little_memory(message, needed, there):
+    found = [count / 2**30 for count in over_memory(message)]
+    assert found == pytest.approx([needed, there], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_a_plan_that_does_not_fit_is_a_result():
-    """The compiler's refusal becomes numbers: a network too wide for a v5e."""
+    """The compiler's refusal becomes numbers: tables that a v5e's memory does not hold."""
     pytest.importorskip("libtpu")
-    wide = dataclasses.replace(
-        SMALL.model, vocab_size=129280, hidden_size=7168, moe_intermediate_size=8192
-    )
-    config = dataclasses.replace(SMALL, model=wide)
+    large = dataclasses.replace(SMALL.model, vocab_size=2**23, hidden_size=512)
+    config = dataclasses.replace(SMALL, model=large)
     plan = make_plan(config, parse_topology("v5e:2x2"), compile=True)
     assert not plan.fits and plan.compiled is not None
     assert plan.compiled.limit is not None and plan.compiled.needed > plan.compiled.limit
