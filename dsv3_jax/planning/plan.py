@@ -13,7 +13,7 @@ from dsv3_jax.planning.traffic import estimate_collectives
 
 # Compiled programs need up to this many times the modelled temporaries (docs/scaling.md), and the
 # runtime keeps some memory for itself: a plan from shapes must leave room for both.
-_MOST_OVER_MODEL = 1.25
+_MOST_OVER_MODEL = 1.3
 _USABLE = 0.97
 
 
