@@ -20,7 +20,8 @@ check lint ruff check --quiet --output-format=concise .
 check format ruff format --check --quiet .
 check types pyrefly check --python-interpreter-path .venv/bin/python \
     --summary=none --output-format=min-text
-check tests python -m pytest -n 2 -q "$@"
+# A file stays in one process: what its tests share is computed once.
+check tests python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q "$@"
 
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}" >&2

@@ -143,6 +143,7 @@ def test_each_device_holds_its_share():
             assert leaf.addressable_shards[0].data.size * 8 == leaf.size
 
 
+@pytest.mark.slow
 def test_an_overflow_ends_the_run_where_asked(config, tmp_path):
     config = dataclasses.replace(
         config,
