@@ -138,6 +138,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_run_again_it_ends_identical(fp8, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), str(fp8.folder), str(tmp_path)],

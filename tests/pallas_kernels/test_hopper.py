@@ -233,9 +233,9 @@ SHAPES = {
 }
 
 
-# C: a loop for each of 13 row counts.
+# A and C: a loop for each of 8 and 13 row counts.
 @pytest.mark.parametrize(
-    "shape", [pytest.param(s, marks=pytest.mark.slow) if s == "C" else s for s in SHAPES]
+    "shape", [pytest.param(s, marks=pytest.mark.slow) if s in "AC" else s for s in SHAPES]
 )
 def test_lowers_for_cuda_to_three_kernels_and_no_transposed_weights(shape):
     rows, groups, k, n = SHAPES[shape]

@@ -55,8 +55,9 @@ def config(config_file):
 
 @pytest.fixture(scope="module")
 def compilation_cache(tmp_path_factory):
-    """Every run of a file compiles the same functions, in this process and in its children."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
+    """Runs compile the same functions, in every process of the tests and in its children."""
+    base = tmp_path_factory.getbasetemp()
+    folder = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     settings = {
         "jax_compilation_cache_dir": folder,
         "jax_persistent_cache_min_compile_time_secs": 0.0,

@@ -157,6 +157,7 @@ def test_sigterm_saves_and_exits_0_and_the_rest_is_the_same(whole, config_file, 
     _same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_kill_9_falls_back_to_the_last_whole_checkpoint(whole, config_file, tmp_path):
     process = _start(config_file, tmp_path)
     _wait_for_step(tmp_path, 4, process)

@@ -118,7 +118,7 @@ def check(parallel: ParallelConfig) -> None:
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"expert": 4, "fsdp": 2}, {"tensor": 2, "expert": -1}, {"context": 2, "fsdp": 4}],
+    [{"expert": 4, "fsdp": 2}, {"context": 2, "fsdp": 4}],
     ids=str,
 )
 def test_a_mesh_trains_as_one_device(sizes):
@@ -127,7 +127,9 @@ def test_a_mesh_trains_as_one_device(sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes", [{"fsdp": 8}, {"expert": 8}, {"replica": 2, "expert": 4}], ids=str
+    "sizes",
+    [{"fsdp": 8}, {"expert": 8}, {"replica": 2, "expert": 4}, {"tensor": 2, "expert": -1}],
+    ids=str,
 )
 def test_more_meshes_train_as_one_device(sizes):
     check(ParallelConfig(**sizes))

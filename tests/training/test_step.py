@@ -40,7 +40,7 @@ def _close(a, b, tolerance):
     [
         (4, {}),
         (1, {"remat_policy": "full"}),
-        (1, {"remat_policy": "dots"}),
+        pytest.param(1, {"remat_policy": "dots"}, marks=pytest.mark.slow),
         (2, {"remat_policy": "attention", "unroll_layers": True}),
     ],
 )
