@@ -1,12 +1,13 @@
-"""The few names of Pallas Mosaic GPU that differ between JAX 0.10 and 0.12.
+"""The few names of JAX that differ between 0.10 and 0.12, or that it keeps to itself.
 
-What changed only its default or has an older alias (`lowering_semantics`, `num_barriers`,
-`out_type`) is spelled out where it is used and needs nothing here.
+What changed only its default or has an older alias in Pallas Mosaic GPU (`lowering_semantics`,
+`num_barriers`, `out_type`) is spelled out where it is used and needs nothing here.
 """
 
 from typing import Any
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _BEFORE_0_11 = jax.__version_info__ < (0, 11)
@@ -36,3 +37,15 @@ def simulator() -> Any:
             f"JAX {jax.__version__} simulates no Mosaic GPU kernel, 0.11 does"
         )
     return getattr(plgpu, "InterpretGPUParams")()  # noqa: B009  # Not there for the type checker.
+
+
+def has_cudnn() -> bool:
+    """Whether this process has cuDNN, which comes with JAX's CUDA plugin."""
+    return fused_attention_stablehlo.cuda_versions is not None
+
+
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float) -> jax.Array:
+    """cuDNN's causal attention of [B, T, N, D], [B, T, N, D], [B, T, N, H]."""
+    return fused_attention_stablehlo.dot_product_attention(
+        q, k, v, scale=scale, mask_type=fused_attention_stablehlo.MaskType.CAUSAL
+    )

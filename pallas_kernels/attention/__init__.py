@@ -3,14 +3,20 @@
 import jax
 
 from pallas_kernels._choose import choose
-from pallas_kernels.attention import portable, tpu
+from pallas_kernels.attention import cudnn, portable, tpu
 
-_IMPLEMENTATIONS = {"portable": portable.causal_attention, "tpu": tpu.causal_attention}
+_IMPLEMENTATIONS = {
+    "portable": portable.causal_attention,
+    "cudnn": cudnn.causal_attention,
+    "tpu": tpu.causal_attention,
+}
 
 
-def _pick(q: jax.Array) -> str:
+def _pick(q: jax.Array, v: jax.Array) -> str:
     """The implementation for the chip that is traced for."""
-    return "tpu" if tpu.is_supported() and tpu.refusal(q) is None else "portable"
+    if tpu.is_supported() and tpu.refusal(q) is None:
+        return "tpu"
+    return "cudnn" if cudnn.is_supported() and cudnn.refusal(q, v) is None else "portable"
 
 
 def causal_attention(
@@ -28,8 +34,9 @@ def causal_attention(
       k: keys, [B, T, N, D].
       v: values, [B, T, N, H]; H may differ from D (MLA: 128 beside 192).
       scale: factor on the scores.
-      implementation: "portable" (plain JAX, blocks of queries), "tpu" (bfloat16), or None to pick
-        for the chip of the mesh set with `jax.set_mesh`, or else the default device.
+      implementation: "portable" (plain JAX, blocks of queries), "cudnn" (Hopper GPUs, bfloat16),
+        "tpu" (bfloat16), or None to pick for the chip of the mesh set with `jax.set_mesh`, or else
+        the default device.
 
     Returns:
       [B, T, N, H] in the dtype of `q`.
@@ -43,5 +50,5 @@ def causal_attention(
             f"{q.shape=}, {k.shape=}, {v.shape=} must be [B, T, N, D] twice and [B, T, N, H] "
             "(causal_attention)"
         )
-    name = implementation or _pick(q)
+    name = implementation or _pick(q, v)
     return choose("causal_attention", _IMPLEMENTATIONS, name)(q, k, v, scale=scale)
