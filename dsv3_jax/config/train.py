@@ -11,22 +11,25 @@ from dsv3_jax.config.model import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
-    """How the network is computed; nothing here changes what it computes.
+    """How the network is computed; only the two precisions change what comes out, by rounding.
 
     `compute_dtype`: activations and the weights they meet ("bfloat16" or "float32"); gate,
     softmax, norm statistics and logits are always float32.
+    `fp8_experts`: the routed experts' products in FP8, forward and both gradients (report section
+    3.3); parameters, their gradients' sums and everything else stay as they are.
     `remat_policy`: what the backward pass recomputes: "none" keeps everything, "full" keeps only
     each layer's input, "dots" keeps the results of weight matmuls, "attention" keeps each layer's
     attention output.
     `unroll_layers`: writes the loop over layers out: faster steps (no copies of what the backward
     pass keeps) for a compilation that grows with the layers.
-    `grouped_matmul`: implementation of `pallas_kernels.grouped_matmul`; null picks one.
+    `grouped_matmul`: implementation of the experts' products in `pallas_kernels`; null picks one.
     `expert_buffer_factor`: rows that a device of the expert axis can receive at once, over an
     equal share; never more than can arrive. `on_overflow`: where more come, "exact" lets the rest
     travel in further rounds (slower, the same result), "stop" ends the run.
     """
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    fp8_experts: bool = False
     remat_policy: Literal["none", "full", "dots", "attention"] = "full"
     unroll_layers: bool = False
     grouped_matmul: str | None = None

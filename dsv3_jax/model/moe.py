@@ -13,7 +13,7 @@ from dsv3_jax.model.layers import SwiGLU, scaled
 from dsv3_jax.parallel import experts
 from dsv3_jax.parallel.mesh import per_token
 from dsv3_jax.parallel.redundancy import choose_copies
-from pallas_kernels import grouped_matmul
+from pallas_kernels import expert_mlp_fp8, grouped_matmul
 
 
 @flax.struct.dataclass
@@ -175,12 +175,16 @@ class RoutedExperts(nn.Module):
         The combine weight is applied before `down_proj`, which is the same sum: the activation is
         narrower than the output, and the output is then not needed for the gradient.
         """
-        multiply = functools.partial(
-            grouped_matmul,
-            group_sizes=group_sizes,
-            implementation=self.runtime.grouped_matmul,
+        gate_up, implementation = (
+            gate_up.reshape(*gate_up.shape[:2], -1),
+            self.runtime.grouped_matmul,
         )
-        both = multiply(rows, gate_up.reshape(*gate_up.shape[:2], -1)).astype(jnp.float32)
+        if self.runtime.fp8_experts:
+            return expert_mlp_fp8(rows, gate_up, down, group_sizes, row_weight, implementation)
+        multiply = functools.partial(
+            grouped_matmul, group_sizes=group_sizes, implementation=implementation
+        )
+        both = multiply(rows, gate_up).astype(jnp.float32)
         gate, up = jnp.split(both, 2, axis=-1)
         hidden = nn.silu(gate) * up * row_weight[:, None]
         return multiply(hidden.astype(rows.dtype), down)
