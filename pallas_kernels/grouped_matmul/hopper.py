@@ -12,7 +12,8 @@ few rows at a group's ragged ends are gathered apart and padded with zeros.
 Both are persistent and warp-specialised (`hopper_pipeline`): per multiprocessor one producer
 warpgroup that issues TMA copies into a ring, and two WGMMA consumers. Forward and dgrad keep the
 consumers a few steps apart, so that one multiplies while the other stores; wgrad, which stores
-more, stores a tile under the products of the next. What depends on the group sizes is data
+more, stores a tile under the products of the next; where groups are small its clusters also keep
+together, as they read what others have just read. What depends on the group sizes is data
 (`hopper_tasks`): a launch with other sizes runs the same program. Sizes of tiles are in one table
 (`hopper_tiles`).
 """

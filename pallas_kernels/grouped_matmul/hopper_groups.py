@@ -42,7 +42,7 @@ def multiply_groups(
     M is a multiple of 8, K and N are multiples of 64. Group 0 starts at `first_row`.
     """
     (_, k), n, groups = x.shape, dy.shape[1], group_sizes.shape[0]
-    tile = tile or group_tile(x.shape[0], groups, k)
+    tile = tile or group_tile(x.shape[0], groups, k, n)
     first_row = jnp.asarray(first_row, jnp.int32)
     lines, edges = tasks.group_steps(group_sizes, first_row, tile.depth)
     x_edges, dy_edges = (
@@ -50,7 +50,8 @@ def multiply_groups(
     )
     atom = min(tile.depth, ATOM)
     kernel = pipeline.launch(
-        functools.partial(_body, tile=tile),
+        # The simulator has no semaphores, and the pace changes no result.
+        functools.partial(_body, tile=tile, pace=0 if interpret else tile.pace),
         jax.ShapeDtypeStruct((groups, k, n), x.dtype),
         {
             "x_slots": pipeline.slots(tile.stages, (tile.depth, tile.k), x.dtype, atom),
@@ -68,18 +69,22 @@ def multiply_groups(
 
 def _body(
     lines, x, dy, x_edges, dy_edges, out,
-    x_slots, dy_slots, staged, rest, full, empty, turn, *, tile,
+    x_slots, dy_slots, staged, rest, full, empty, turn, *, tile, pace,
 ):  # fmt: skip
     ring = pipeline.Ring(full, empty, turn, tile.stages, 0)
+    pacemaker = pipeline.pacemaker(pace) if pace else None
     groups, k, n = out.shape
     k_tiles, n_tiles = -(-k // (tile.k * tile.cluster)), -(-n // tile.n)
 
     def fetch(index):
         group = lax.div(index, k_tiles * n_tiles)
         local = lax.rem(index, k_tiles * n_tiles)
-        k_tile = lax.div(local, n_tiles) * tile.cluster + lax.axis_index(pipeline.CLUSTER)
+        inner = n_tiles if tile.across else k_tiles
+        outer_tile, inner_tile = lax.div(local, inner), lax.rem(local, inner)
+        down, across = (outer_tile, inner_tile) if tile.across else (inner_tile, outer_tile)
+        k_tile = down * tile.cluster + lax.axis_index(pipeline.CLUSTER)
         fields = (tasks.FIRST_ATOM, tasks.FULL_STEPS, tasks.MORE_ATOMS, tasks.STEPS)
-        return group, k_tile, lax.rem(local, n_tiles), *(lines[group, f] for f in fields)
+        return group, k_tile, across, *(lines[group, f] for f in fields)
 
     for_each_tile = functools.partial(pipeline.for_each_tile, groups * k_tiles * n_tiles, fetch)
 
@@ -94,7 +99,7 @@ def _body(
             copy = functools.partial(_copy, sides=sides, record=record, rest=rest, tile=tile)
             return pipeline.fill(ring, steps, step, copy)
 
-        for_each_tile(visit)
+        for_each_tile(visit, pace=pacemaker)
 
     def consume():
         warpgroup = lax.axis_index(pipeline.WARPGROUP)

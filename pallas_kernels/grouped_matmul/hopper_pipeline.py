@@ -23,6 +23,8 @@ from pallas_kernels.grouped_matmul.hopper_tiles import ATOM, CONSUMERS
 _PRODUCER_REGISTERS = 40
 _CONSUMER_REGISTERS = 232
 _INTERPRETED_BLOCKS = 2
+# Looks, of about a microsecond each, before a cluster goes on without the others.
+_LOOKS = 32
 
 BLOCK, CLUSTER, WARPGROUP = "block", "cluster", "warpgroup"
 _PRODUCER = CONSUMERS
@@ -123,11 +125,13 @@ def for_each_tile(
     state: Any = 0,
     *,
     alternate: bool = True,
+    pace: Callable[[jax.Array], None] | None = None,
 ) -> Any:
     """Visits this cluster's tiles, one of every `clusters`, and returns the last state.
 
     With `alternate` every other turn goes backwards: where tiles come largest first, no cluster
-    then always gets the largest of a turn. It costs a few registers all along.
+    then always gets the largest of a turn. It costs a few registers all along. `pace(turn)` comes
+    before the tile of a turn.
 
     `visit(record, state)` returns the state after the tile: the ring's step count, and what else
     `state` starts with. The record of the next tile is fetched before a tile is visited, so nobody
@@ -142,6 +146,8 @@ def for_each_tile(
         return turn * clusters + jnp.where(back, clusters - 1 - cluster, cluster)
 
     def loop(turn: jax.Array, carry: tuple) -> tuple:
+        if pace is not None:
+            pace(turn)
         state, record = carry
         ahead = fetch(jnp.minimum(tile_of(turn + 1), tiles - 1))
         return visit(record, state), ahead
@@ -153,6 +159,37 @@ def for_each_tile(
         turns = lax.div(tiles - cluster + (clusters - 1), clusters)
     start = jax.tree.map(jnp.asarray, state), fetch(jnp.minimum(cluster, tiles - 1))
     return lax.fori_loop(0, turns, loop, start)[0]
+
+
+def pacemaker(every: int) -> Callable[[jax.Array], None]:
+    """What keeps the clusters together, for the producers' `for_each_tile`.
+
+    The tiles of a turn share operands. Clusters that are left alone drift many turns apart, and
+    each then reads from memory what it would have found in L2. So every `every` turns a cluster
+    reports, and waits until all have reported the time before. It does not insist: where not all
+    the clusters run at the same time, it goes on after `_LOOKS`.
+    """
+    reports = pl.get_global(plgpu.SemaphoreType.REGULAR((2,)))
+    clusters = lax.axis_size(BLOCK)
+
+    def pace(turn: jax.Array) -> None:
+        time = lax.div(turn, every)
+
+        @pl.when((lax.rem(turn, every) == 0) & (lax.axis_index(CLUSTER) == 0))
+        def _report():
+            plgpu.semaphore_signal(reports.at[lax.rem(time, 2)], memory_scope="gpu")
+            # The times take the two counts in turn: nobody is two times ahead of anybody.
+            before = jnp.maximum(time - 1, 0)
+            wanted = jnp.where(time > 0, clusters * (lax.div(before, 2) + 1), 0)
+            lax.while_loop(
+                lambda seen: (seen[0] < _LOOKS) & (seen[1] < wanted),
+                lambda seen: (seen[0] + 1, pl.semaphore_read(reports.at[lax.rem(before, 2)])),
+                (jnp.int32(0), jnp.int32(0)),
+            )
+            # Each warp looked for itself: they go on together, as barriers have but two phases.
+            plgpu.commit_smem()
+
+    return pace
 
 
 def fill(ring: Ring, count: jax.Array, step: jax.Array, copy: Callable) -> jax.Array:
@@ -178,7 +215,7 @@ def drain(
     """Consumer's side of a tile: the sum of products of `operands(i, slot)`, float32 of `shape`.
 
     One product stays in flight: a slot is handed back when the product after it was issued.
-    `meanwhile(i)` is done under product `i`.
+    Then `meanwhile(i)` is done under product `i`.
 
     The consumers share the tensor cores. Left alone they finish a tile together and store it
     together, and nobody multiplies meanwhile; so the second one starts `lead` steps late, which
@@ -196,12 +233,12 @@ def drain(
             slot = lax.rem(step, ring.stages)
             plgpu.barrier_wait(ring.full.at[slot])
             plgpu.wgmma(total, *operands(i, slot))
-            meanwhile(i)
             plgpu.wgmma_wait(1)
             pl.when(i > 0)(lambda: release(step - 1))
             pl.when(first & turns & (i == ring.lead - 1))(
                 lambda: plgpu.barrier_arrive(ring.turn.at[0])
             )
+            meanwhile(i)
             return step + 1
 
         pl.when(~first & turns)(lambda: plgpu.barrier_wait(ring.turn.at[0]))

@@ -56,6 +56,9 @@ class GroupTile:
       stages, store_slots: as in `RowTile`.
       cluster: blocks that compute neighbouring `k` of the same `n` and share the loads of dy by
         multicast, 1 or 2.
+      across: whether the tiles of a turn fill rows of the gradient, instead of columns.
+      pace: turns after which the clusters wait for each other, see `hopper_pipeline.pacemaker`;
+        0: never.
     """
 
     k: int = 128
@@ -64,6 +67,8 @@ class GroupTile:
     stages: int = 4
     cluster: int = 1
     store_slots: int = 2
+    across: bool = True
+    pace: int = 0
 
 
 # Measured on an H200 and an H100 with scripts/benchmark_kernels.py.
@@ -74,8 +79,9 @@ _MIDDLE = RowTile(rows=(16, 32, 64, 96, 128, 144, 160, 176, 192, 208, 224, 240, 
 # A thousand rows a group: an even split never leaves less than two thirds of the largest task.
 _MANY = RowTile(rows=(64, 128, 176, 192, 208, 224, 240, 256))
 _STREAM_BELOW, _MANY_FROM = 48, 512
-# Wgrad of hundreds of rows a group.
-_FEW_STEPS = GroupTile(depth=32, stages=8, cluster=2)
+# Wgrad of hundreds of rows a group: what a turn reads again is soon washed out of L2 by its
+# results.
+_FEW_STEPS = GroupTile(cluster=2, pace=2)
 
 
 def row_tile(rows: int, groups: int, columns: int) -> RowTile:
@@ -90,9 +96,11 @@ def row_tile(rows: int, groups: int, columns: int) -> RowTile:
     return dataclasses.replace(_MANY, cluster=2 if pairs else 1)
 
 
-def group_tile(rows: int, groups: int, k: int) -> GroupTile:
-    """The tile for `rows` rows in `groups` groups and `k` output rows."""
+def group_tile(rows: int, groups: int, k: int, n: int) -> GroupTile:
+    """The tile for `rows` rows in `groups` groups, `k` output rows and `n` columns."""
     if k % (2 * GroupTile.k):
         return GroupTile()
-    # Half-filled last steps cost much where steps are few; smaller steps load more slowly.
-    return _FEW_STEPS if rows / groups < _MANY_FROM else GroupTile(cluster=2)
+    if rows / groups >= _MANY_FROM:
+        return GroupTile(cluster=2)
+    # The shorter side first: a turn is then nearly square, and reads the fewest columns.
+    return dataclasses.replace(_FEW_STEPS, across=n <= k)

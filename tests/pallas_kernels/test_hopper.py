@@ -141,7 +141,10 @@ def test_every_row_tile_computes_the_same(tile):
 @needs_simulator
 @pytest.mark.parametrize(
     "tile",
-    [GroupTile(stages=2, cluster=2), GroupTile(depth=32, stages=3, store_slots=3)],
+    [
+        GroupTile(stages=2, cluster=2, across=False),
+        GroupTile(depth=32, stages=3, store_slots=3),
+    ],
     ids=["cluster", "half atoms"],
 )
 def test_a_group_never_reads_its_neighbours_rows_in_wgrad(tile):
@@ -258,9 +261,11 @@ def test_tile_rule():
     assert row_tile(32768, 32, 4096).cluster == 2
     # Eleven tiles of columns: no pairs.
     assert row_tile(32768, 32, 1408).cluster == 1
-    assert group_tile(65536, 256, 2048).depth == 32
-    assert group_tile(32768, 32, 2048) == GroupTile(cluster=2)
-    assert group_tile(65536, 256, 1408).cluster == 1
+    assert group_tile(65536, 256, 7168, 4096) == GroupTile(cluster=2, pace=2)
+    # Fewer tiles down than across: they come first.
+    assert group_tile(65536, 256, 2048, 7168) == GroupTile(cluster=2, pace=2, across=False)
+    assert group_tile(32768, 32, 2048, 7168) == GroupTile(cluster=2)
+    assert group_tile(65536, 256, 1408, 2048).cluster == 1
     with pytest.raises(ValueError, match="lead=4 must be less than stages=4"):
         RowTile(rows=(64,), lead=4)
     with pytest.raises(ValueError, match=r"rows=\[8, 24\] must be multiples of 16"):
