@@ -240,6 +240,11 @@ def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     if device.platform != "tpu":
         return {}
-    # Weights are gathered before a product, not passed around a ring of devices during it: over
-    # fsdp and expert together the ring would have as many steps as there are devices.
-    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+    return {
+        # Weights are gathered before a product, not passed around a ring of devices during it:
+        # over fsdp and expert together the ring would have as many steps as there are devices.
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+        # It fails on some accumulated gradients (V3 without MTP: RET_CHECK user->opcode() ==
+        # HloOpcode::kAdd, libtpu 0.0.42) and moves none of ours out of the loop.
+        "xla_disable_hlo_passes": "while-loop-all-reduce-code-motion",
+    }
