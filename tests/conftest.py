@@ -1,13 +1,17 @@
-"""Shared set-up: float32 arithmetic at full precision on the CPU, and tiny random checkpoints."""
+"""Shared set-up: float32 arithmetic at full precision, on the CPU unless JAX_PLATFORMS names
+another platform, and tiny random checkpoints."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Much is compiled here once and run on a few numbers: the backend's optimisation does not pay.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8",
-)
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+else:
+    flags = "--xla_gpu_autotune_level=0"
+    # A test and the processes that it starts share the GPUs.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_FLAGS", flags)
 
 import dataclasses
 import functools
