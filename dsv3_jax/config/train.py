@@ -26,6 +26,8 @@ class RuntimeConfig:
     `expert_buffer_factor`: rows that a device of the expert axis can receive at once, over an
     equal share; never more than can arrive. `on_overflow`: where more come, "exact" lets the rest
     travel in further rounds (slower, the same result), "stop" ends the run.
+    `expert_exchange`: how rows travel between devices of the expert axis: "ragged", each device's
+    as many as they are, or "slots", an equal slot for every pair of devices; null picks one.
     """
 
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -35,6 +37,7 @@ class RuntimeConfig:
     grouped_matmul: str | None = None
     expert_buffer_factor: float = 2.0
     on_overflow: Literal["exact", "stop"] = "exact"
+    expert_exchange: Literal["ragged", "slots"] | None = None
 
     def __post_init__(self) -> None:
         factor = self.expert_buffer_factor

@@ -157,7 +157,10 @@ class RoutedExperts(nn.Module):
         gate_up = scaled(self, "gate_up_proj", gate_up, axes=(1, 3)).astype(dtype)
         down = self.param("down_proj", init, (n_experts, width, hidden))
         down = scaled(self, "down_proj", down, axes=(1, 2)).astype(dtype)
-        buffer = experts.Buffer(self.runtime.expert_buffer_factor, self.runtime.on_overflow)
+        runtime = self.runtime
+        buffer = experts.Buffer(
+            runtime.expert_buffer_factor, runtime.on_overflow, runtime.expert_exchange
+        )
         return experts.run_experts(
             self._compute, x.astype(dtype), topk_idx, topk_weight, gate_up, down, buffer=buffer
         )

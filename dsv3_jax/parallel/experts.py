@@ -20,10 +20,13 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.parallel.exchange import (
+    Way,
     exchange,
     gather_sizes,
     plan_transfer,
-    received_rows,
+    rows_needed,
+    way_of_devices,
+    whole_slots,
 )
 from dsv3_jax.parallel.mesh import axis_sizes, mesh_axes
 
@@ -116,10 +119,11 @@ permute.defvjp(_permute_forward, _permute_backward)
 
 
 class Buffer(NamedTuple):
-    """The receive buffer of the exchange, see `RuntimeConfig`."""
+    """The receive buffer of the exchange and how rows come into it, see `RuntimeConfig`."""
 
     factor: float
     on_overflow: Literal["exact", "stop"]
+    way: Way | None = None
 
 
 class Received(NamedTuple):
@@ -178,11 +182,14 @@ def run_experts(
     local_experts = gate_up.shape[0] // sizes["expert"]
     counts = (share, topk_idx.shape[-1], local_experts, sizes["expert"])
     rows, everything = (buffer_rows(factor, *counts) for factor in (buffer.factor, math.inf))
+    way = buffer.way or way_of_devices()
+    if way == "slots":
+        rows = whole_slots(rows, sizes["expert"])
     in_rounds = buffer.on_overflow == "exact" and rows < everything
     if sizes["expert"] == 1:
         body = _on_one_device
     elif "expert" in batch:
-        body = functools.partial(_by_exchange, rows=rows, in_rounds=in_rounds)
+        body = functools.partial(_by_exchange, rows=rows, way=way, in_rounds=in_rounds)
     else:
         body = _by_selection
 
@@ -267,54 +274,63 @@ def buffer_rows(factor: float, share: int, choices: int, local_experts: int, dev
 
 class _Sizes(NamedTuple):
     """What every device of the axis knows before rows travel: its own sorting, all sizes
-    int32 [devices, E], and the rounds that the fullest device needs, int32 []."""
+    int32 [devices, E], and the rounds that the fullest buffer or slot needs, int32 []."""
 
     plan: Dispatch
     sizes_SE: jax.Array
     rounds: jax.Array
 
 
-def _by_exchange(compute, x, topk_idx, topk_weight, gate_up, down, *, rows, in_rounds):
-    """Rows travel to the device of their expert and back; with the most that any one receives."""
+class _Way(NamedTuple):
+    """Rows of the receive buffer, and how they come into it."""
+
+    buffer: int
+    way: Way
+
+
+def _by_exchange(compute, x, topk_idx, topk_weight, gate_up, down, *, rows, way, in_rounds):
+    """Rows travel to the device of their expert and back; with the buffer that takes them at
+    once."""
     x_MD, idx_MK, weight_MK = _flatten(x, topk_idx, topk_weight)
     plan = plan_dispatch(idx_MK, gate_up.shape[0] * axis_sizes()["expert"])
     sizes_SE = gather_sizes(plan.group_sizes, "expert")
     # All devices of the axis compute this from the same numbers: they agree on what follows.
-    most = received_rows(sizes_SE).max()
-    sizes = _Sizes(plan, sizes_SE, (most + rows - 1) // rows)
+    most = rows_needed(sizes_SE, way)
+    sizes, how = _Sizes(plan, sizes_SE, (most + rows - 1) // rows), _Way(rows, way)
     if in_rounds:
-        out = _in_rounds(compute, rows, sizes, x_MD, weight_MK, gate_up, down)
+        out = _in_rounds(compute, how, sizes, x_MD, weight_MK, gate_up, down)
     else:
         sent = _sorted_rows(plan, x_MD, weight_MK)
-        out = _one_round(compute, rows, sizes, 0, *sent, gate_up, down)
+        out = _one_round(compute, how, sizes, 0, *sent, gate_up, down)
         # Where rows are missing: no number made without them may pass for a result.
         out = jnp.where(most > rows, jnp.nan, combine(out, plan, x_MD.shape[0]))
     return out.reshape(x.shape), most
 
 
-def _one_round(compute, buffer, sizes: _Sizes, number, rows, row_weight, gate_up, down):
+def _one_round(compute, how: _Way, sizes: _Sizes, number, rows, row_weight, gate_up, down):
     """Results [M·K, D] of the rows that travel in round `number`; zeros for the others."""
-    transfer = plan_transfer(sizes.sizes_SE, "expert", number * buffer, buffer)
+    sent = rows.shape[0]
+    transfer = plan_transfer(sizes.sizes_SE, "expert", number, how.buffer, sent, how.way)
     there, back = transfer.there, transfer.back
 
     def to_experts(rows: jax.Array) -> jax.Array:
-        rows = exchange(rows, there, back, buffer, "expert")
+        rows = exchange(rows, there, back, how.buffer, "expert")
         return permute(rows, transfer.order, transfer.inverse)
 
     received, weight = to_experts(rows), to_experts(row_weight[:, None])[:, 0]
     out = compute(received, weight, gate_up, down, transfer.group_sizes)
     out = permute(out, transfer.inverse, transfer.order)
-    return exchange(out, back, there, rows.shape[0], "expert")
+    return exchange(out, back, there, sent, "expert")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_rounds(compute, buffer, sizes: _Sizes, x_MD, weight_MK, gate_up, down):
+def _in_rounds(compute, how, sizes: _Sizes, x_MD, weight_MK, gate_up, down):
     """As many rounds as it takes, nearly always one; float32 [M, D].
 
     The backward pass computes each round again, so that memory does not grow with their number. A
     layer that is rematerialised anyway does not compute its experts once more for that.
     """
-    run = functools.partial(_one_round, compute, buffer, sizes)
+    run = functools.partial(_one_round, compute, how, sizes)
 
     def again(number, out):
         # Rows are sorted again rather than kept for a round that hardly ever comes.
@@ -327,16 +343,16 @@ def _in_rounds(compute, buffer, sizes: _Sizes, x_MD, weight_MK, gate_up, down):
     return combine(out, sizes.plan, x_MD.shape[0])
 
 
-def _in_rounds_forward(compute, buffer, *arguments):
-    return _in_rounds(compute, buffer, *arguments), arguments
+def _in_rounds_forward(compute, how, *arguments):
+    return _in_rounds(compute, how, *arguments), arguments
 
 
-def _in_rounds_backward(compute, buffer, residuals, dout_MD):
+def _in_rounds_backward(compute, how, residuals, dout_MD):
     sizes, x_MD, weight_MK, gate_up, down = residuals
     plan = sizes.plan
 
     def again(number, gradients):
-        run = functools.partial(_one_round, compute, buffer, sizes, number)
+        run = functools.partial(_one_round, compute, how, sizes, number)
         _, vjp = jax.vjp(run, *_sorted_rows(plan, x_MD, weight_MK), gate_up, down)
         dout = dispatch(dout_MD.astype(x_MD.dtype), plan)
         return jax.tree.map(jnp.add, gradients, vjp(dout))

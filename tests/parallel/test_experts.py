@@ -12,12 +12,14 @@ import pytest
 
 from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.moe import select_experts
+from dsv3_jax.parallel.exchange import _in_parts
 from dsv3_jax.parallel.experts import Buffer, buffer_rows, run_experts
 from dsv3_jax.parallel.mesh import AXES, activation_spec, constrain, make_mesh, per_token
 from pallas_kernels import reference
 
 B, T, D, E, F, K = 8, 6, 10, 16, 12, 3
 TWICE = Buffer(2.0, "exact")
+SLOTS = TWICE._replace(way="slots")
 V3 = ModelConfig()  # 256 experts, 8 groups, 4 of them a token
 
 
@@ -132,6 +134,47 @@ def received_of_an_equal_share(idx, devices):
     """Rows of the fullest device over an equal share, counted on the host."""
     rows = np.bincount(idx.reshape(-1) // (E // devices), minlength=devices)
     return rows.max() / (idx.size / devices)
+
+
+@pytest.mark.parametrize("routing", ["spread", "skewed"])
+@pytest.mark.parametrize("mesh", [{"expert": 8}, {"expert": 4, "fsdp": 2}], ids=str)
+def test_slots_carry_the_same_rows(mesh, routing):
+    many, _ = on_mesh(mesh, case(routing, B), SLOTS)
+    check_equal(on_one_device(routing), many)
+
+
+def rows_of_the_fullest_pair(idx, devices):
+    """Rows that one device has for another, over an equal share for each, on the host."""
+    pairs = [
+        np.bincount(one.reshape(-1) // (E // devices), minlength=devices).max()
+        for one in np.split(idx, devices)
+    ]
+    return max(pairs) * devices**2 / idx.size
+
+
+def test_slots_that_overflow_are_filled_again():
+    """`skewed`: every device has at least one row of each token for the same one."""
+    arguments = case("skewed", B)
+    need = rows_of_the_fullest_pair(arguments[1], 8)
+    assert need > 2.6  # three rounds
+    many, received = on_mesh({"expert": 8}, arguments, SLOTS._replace(factor=1.3))
+    check_equal(on_one_device("skewed"), many)
+    assert received.overflow == 1 and received.need == pytest.approx(need, rel=1e-6)
+
+
+def test_slots_under_stop():
+    stop = SLOTS._replace(factor=1.5, on_overflow="stop")
+    (out, *_), received = on_mesh({"expert": 8}, case("skewed", B), stop)
+    assert received.overflow == 1 and np.isnan(out).all()
+
+
+def test_runs_in_parts():
+    start, size = np.array([0, 7, 7, 20], np.int32), np.array([7, 0, 13, 3], np.int32)
+    starts, sizes = (np.asarray(a).reshape(4, 5) for a in _in_parts(start, size, 5))
+    for i in range(4):
+        rows = [np.arange(a, a + n) for a, n in zip(starts[i], sizes[i], strict=True)]
+        assert np.concatenate(rows).tolist() == list(range(start[i], start[i] + size[i]))
+        assert sizes[i].max() == -(-size[i] // 5)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.3, 100.0])
