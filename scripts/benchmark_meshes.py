@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from _turns import take_turns
+from _turns import take_turns  # pyrefly: ignore[missing-import]
 
 from dsv3_jax.cli import OneLineParser, parse_config, run
 from dsv3_jax.config import BatchConfig, ConfigError, ParallelConfig, TrainConfig
@@ -102,20 +102,20 @@ def measure(config: TrainConfig, args: argparse.Namespace, trace: Path) -> Itera
     import jax
     import numpy as np
 
-    state, seconds, rows, load = program.start(), [], [], None
+    state, seconds, rows, loads = program.start(), [], [], []
     for _ in range(args.steps):
         before = time.perf_counter()
         state, metrics = jax.block_until_ready(program.step(state, program.batch))
         seconds.append(time.perf_counter() - before)
         rows.append({k: float(getattr(metrics, k)) for k in ("loss", "grad_norm", "buffer_need")})
-        load = np.asarray(metrics.load) / program.ways if load is None else load
+        loads.append(np.asarray(metrics.load) / program.ways)
     device = jax.devices()[0]
     result = {
         "device": device.device_kind,
         "tokens": config.batch.size * config.data.sequence_length,
         "ms": [1e3 * s for s in seconds],
         "steps": rows,
-        "first_load": load.tolist(),
+        "first_load": loads[0].tolist(),
         "peak_gb": (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9,
     }
     if device.platform == "gpu":

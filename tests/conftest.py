@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
 else:
-    flags = "--xla_gpu_autotune_level=0"
+    flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     # A test and the processes that it starts share the GPUs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_FLAGS", flags)

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ConfigError, ParallelConfig, TrainConfig
@@ -17,10 +18,11 @@ def mesh_for(parallel: ParallelConfig) -> Mesh | None:
 
 
 def require_fit(mesh: Mesh | AbstractMesh, config: TrainConfig) -> None:
-    """Checks that the mesh divides what its axes share out.
+    """Checks that the mesh divides what its axes share out, and that its devices can exchange it.
 
     Raises:
-      ConfigError: an axis does not divide it; the message names both.
+      ConfigError: an axis does not divide it; the message names both. Or rows of varying number
+        would have to travel between GPUs of several processes, which XLA refuses.
     """
     shared_out = [
         ("context", "data", "sequence_length"),
@@ -38,6 +40,19 @@ def require_fit(mesh: Mesh | AbstractMesh, config: TrainConfig) -> None:
                 f"parallel.{axis}={mesh.shape[axis]} must divide {section}.{name}={value}"
             )
     batch_sharding(mesh, config.batch.microbatch_size)
+    if config.runtime.expert_exchange == "ragged" and _leaves_a_gpu_process(mesh):
+        raise ConfigError(
+            f"expert_exchange='ragged' needs parallel.expert={mesh.shape['expert']} within one "
+            "process on GPUs: 'slots' does not (runtime.expert_exchange)"
+        )
+
+
+def _leaves_a_gpu_process(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether the expert axis joins GPUs of several processes."""
+    if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform != "gpu":
+        return False
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return bool((np.ptp(processes, axis=mesh.axis_names.index("expert")) > 0).any())
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, abstract: Any) -> Any:

@@ -55,6 +55,10 @@ def make_plan(config: TrainConfig, topology: Topology, *, compile: bool) -> Plan
         raise ConfigError(
             f"{topology.name} cannot be compiled for ahead of time: plan with --memory-only"
         )
+    if config.runtime.expert_exchange is None:
+        way = "ragged" if topology.chip.is_tpu else "slots"  # as `way_of_devices` picks
+        runtime = dataclasses.replace(config.runtime, expert_exchange=way)
+        config = dataclasses.replace(config, runtime=runtime)
     sizes = mesh_sizes(config.parallel, topology.devices)
     memory = estimate(config, sizes, scores=not topology.chip.is_tpu)
     collectives = estimate_collectives(config, sizes)

@@ -110,8 +110,10 @@ def estimate_collectives(config: TrainConfig, sizes: Sizes) -> list[Collective]:
     # gradients' way back and there.
     keeps = config.runtime.remat_policy == "none" and not share.in_rounds
     passes = 4 if keeps else 5
-    rows = share.rows * model.hidden_size * itemsize
-    add("ragged-all-to-all", ("expert",), passes * moe_layers * rows, passes * moe_layers)
+    slots = config.runtime.expert_exchange == "slots"  # sent whole, however full
+    rows = (share.received if slots else share.rows) * model.hidden_size * itemsize
+    kind = "all-to-all" if slots else "ragged-all-to-all"
+    add(kind, ("expert",), passes * moe_layers * rows, passes * moe_layers)
     # Attention's and the FFN's output, and the gradient of either's input.
     sums = share.tokens * model.hidden_size * itemsize
     add("all-reduce", ("tensor",), 4 * layers * sums, 4 * layers)

@@ -15,6 +15,7 @@ from dsv3_jax.model.moe import select_experts
 from dsv3_jax.parallel.exchange import _in_parts
 from dsv3_jax.parallel.experts import Buffer, buffer_rows, run_experts
 from dsv3_jax.parallel.mesh import AXES, activation_spec, constrain, make_mesh, per_token
+from dsv3_jax.parallel.placement import _leaves_a_gpu_process
 from pallas_kernels import reference
 
 B, T, D, E, F, K = 8, 6, 10, 16, 12, 3
@@ -232,6 +233,25 @@ def test_indivisible_experts_are_refused(mesh, text):
     x, idx, weight, gate_up, down = case("skewed", B)
     with jax.set_mesh(make_mesh(sizes(**mesh))), pytest.raises(ConfigError, match=text):
         jax.jit(outputs_and_gradients)(x, idx, weight, gate_up[:12], down[:12])
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape", "refused"),
+    [
+        ("gpu", (1, 1, 4, 1, 1), True),
+        ("gpu", (1, 2, 2, 1, 1), False),
+        ("gpu", (1, 1, 2, 2, 1), True),
+        ("cpu", (1, 1, 4, 1, 1), False),
+    ],
+)
+def test_ragged_exchange_of_gpus_stays_in_a_process(platform, shape, refused):
+    """Four devices, two of each process."""
+    device = functools.partial(types.SimpleNamespace, platform=platform)
+    devices = np.array([device(process_index=i // 2) for i in range(4)]).reshape(shape)
+    mesh = types.SimpleNamespace(
+        devices=devices, axis_names=AXES, shape=dict(zip(AXES, shape, strict=True))
+    )
+    assert _leaves_a_gpu_process(mesh) == refused
 
 
 def test_mesh_infers_one_size():

@@ -112,6 +112,20 @@ def test_gpus_are_never_compiled_for():
     assert fits and "from shapes" in text and "compiled" not in text
 
 
+def test_gpus_send_slots_and_tpus_the_rows_there_are():
+    def sent(topology, way=None):
+        runtime = dataclasses.replace(SMALL.runtime, expert_exchange=way)
+        config = dataclasses.replace(SMALL, runtime=runtime)
+        plan = make_plan(config, parse_topology(topology), compile=False)
+        return {c.kind: c.sent for c in plan.collectives if c.kind.endswith("all-to-all")}
+
+    ((kind, rows),) = sent("v5p:2x2x1").items()
+    assert kind == "ragged-all-to-all"
+    # A buffer of two equal shares.
+    assert sent("h100:4") == sent("v5p:2x2x1", "slots") == {"all-to-all": 2 * rows}
+    assert sent("h100:4", "ragged") == {"ragged-all-to-all": rows}
+
+
 def test_a_search_ranks_what_fits():
     plans = search(SMALL, parse_topology("v5p:2x2x1"))
     assert plans and all(plan.fits for plan in plans)
