@@ -46,6 +46,7 @@ def has_cudnn() -> bool:
 
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float) -> jax.Array:
     """cuDNN's causal attention of [B, T, N, D], [B, T, N, D], [B, T, N, H]."""
-    return fused_attention_stablehlo.dot_product_attention(
+    # A tuple only where softmax statistics are asked for.
+    return fused_attention_stablehlo.dot_product_attention(  # pyrefly: ignore[bad-return]
         q, k, v, scale=scale, mask_type=fused_attention_stablehlo.MaskType.CAUSAL
     )

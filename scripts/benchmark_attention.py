@@ -53,12 +53,13 @@ def in_torch(tensors: list[torch.Tensor]) -> dict[str, Callable]:
     """scaled_dot_product_attention with the same arrays, by cuDNN."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    *inputs, dout = (tensor.transpose(1, 2).detach() for tensor in tensors)
+    q, k, v, dout = (tensor.transpose(1, 2).detach() for tensor in tensors)
+    inputs = (q, k, v)
 
     def forward() -> torch.Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return torch.nn.functional.scaled_dot_product_attention(
-                *inputs, is_causal=True, scale=SCALE
+                q, k, v, is_causal=True, scale=SCALE
             )
 
     def both() -> tuple[torch.Tensor, ...]:
