@@ -14,8 +14,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._e4m3 import E4M3, MAX_CODE, SMALLEST_SCALE, TILE
 
+# The first dimension of every grid runs fastest: along the rows of what is read.
 _ROWS = 32  # of a program of `quantize_tiles`
 _CHANNELS = 64  # of a program of `transpose_quantize`
+# Rows that `swiglu_backward` holds at a time, while it looks for the largest and while it
+# transposes. More do not fit two programs' registers, fewer store pieces of less than 32 bytes.
+_PASS_ROWS = (16, 32)
 _WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
 
@@ -38,7 +42,9 @@ def _scale(largest: jax.Array) -> jax.Array:
 
 
 def _codes(x: jax.Array, scale: jax.Array) -> jax.Array:
-    return jnp.clip(x * (1 / scale), -MAX_CODE, MAX_CODE).astype(E4M3)
+    # Not clipped: no product is further above the largest code than a few units in float32's last
+    # place, and these round to it.
+    return (x * (1 / scale)).astype(E4M3)
 
 
 def _store_rows(x: jax.Array, codes, scale) -> None:
@@ -58,10 +64,10 @@ def _row_shapes(rows: int, channels: int) -> tuple:
 def _rows_call(body, operands, shape, in_specs, *, name, interpret):
     rows, columns = shape
     out_specs = (
-        pl.BlockSpec((_ROWS, TILE), lambda i, j: (i, j)),
-        pl.BlockSpec((1, _ROWS), lambda i, j: (j, i)),
+        pl.BlockSpec((_ROWS, TILE), lambda j, i: (i, j)),
+        pl.BlockSpec((1, _ROWS), lambda j, i: (j, i)),
     )
-    grid = rows // _ROWS, columns // TILE
+    grid = columns // TILE, rows // _ROWS
     shapes = _row_shapes(rows, columns)
     return _call(body, grid, shapes, in_specs, out_specs, warps=4, name=name, interpret=interpret)(
         *operands
@@ -88,7 +94,7 @@ def quantize_tiles(x: jax.Array, *, interpret: bool = False) -> tuple[jax.Array,
     def body(x, codes, scale):
         _store_rows(x[...].astype(jnp.float32), codes, scale)
 
-    spec = pl.BlockSpec((_ROWS, TILE), lambda i, j: (i, j))
+    spec = pl.BlockSpec((_ROWS, TILE), lambda j, i: (i, j))
     return _rows_call(body, (x,), x.shape, [spec], name="quantize_tiles", interpret=interpret)
 
 
@@ -107,12 +113,12 @@ def swiglu_quantize(
 
     ups = columns // TILE
     in_specs = [
-        pl.BlockSpec((_ROWS, TILE), lambda i, j: (i, j)),
-        pl.BlockSpec((_ROWS, TILE), lambda i, j: (i, j + ups)),
+        pl.BlockSpec((_ROWS, TILE), lambda j, i: (i, j)),
+        pl.BlockSpec((_ROWS, TILE), lambda j, i: (i, j + ups)),
     ]
     operands = [gate_up, gate_up]
     if row_weight is not None:
-        in_specs.append(pl.BlockSpec((_ROWS,), lambda i, j: (i,)))
+        in_specs.append(pl.BlockSpec((_ROWS,), lambda j, i: (i,)))
         operands.append(row_weight)
     return _rows_call(
         body, operands, (rows, columns), in_specs, name="swiglu_quantize", interpret=interpret
@@ -138,19 +144,19 @@ def quantize_weights(w: jax.Array, *, interpret: bool = False) -> tuple[jax.Arra
         turned[0] = block_codes.T
         scale[...] = jnp.full(scale.shape, block_scale)
 
-    straight = pl.BlockSpec((1, TILE, TILE), lambda g, i, j: (g, i, j))
-    across = pl.BlockSpec((1, TILE, TILE), lambda g, i, j: (g, j, i))
+    straight = pl.BlockSpec((1, TILE, TILE), lambda j, i, g: (g, i, j))
+    across = pl.BlockSpec((1, TILE, TILE), lambda j, i, g: (g, j, i))
     return _call(
         body,
-        (groups, k // TILE, n // TILE),
+        (n // TILE, k // TILE, groups),
         (
             jax.ShapeDtypeStruct((groups, k, n), E4M3),
             jax.ShapeDtypeStruct((groups, n, k), E4M3),
             jax.ShapeDtypeStruct((groups, k // TILE, n // TILE), jnp.float32),
         ),
         [straight],
-        (straight, across, pl.BlockSpec((1, 1, 1), lambda g, i, j: (g, i, j))),
-        warps=8,
+        (straight, across, pl.BlockSpec((1, 1, 1), lambda j, i, g: (g, i, j))),
+        warps=16,
         name="quantize_weights",
         interpret=interpret,
     )(w)
@@ -189,12 +195,12 @@ def transpose_quantize(
     (_, channels), tiles = x.shape, row.shape[0]
 
     def body(row, live, x, *outs):
-        tile, column = _Tile(row, live, _CHANNELS), pl.program_id(1)
+        tile, column = _Tile(row, live, _CHANNELS), pl.program_id(0)
         tile.store_transposed(tile.load(x, column), outs, column)
 
     return _call(
         body,
-        (tiles, channels // _CHANNELS),
+        (channels // _CHANNELS, tiles),
         _token_shapes(channels, tiles),
         [_WHOLE] * 3,
         (_WHOLE,) * 2,
@@ -205,47 +211,62 @@ def transpose_quantize(
 
 
 class _Tile:
-    """A program's 128 rows of one group, of which the first `live` are there."""
+    """A program's 128 rows of one group, of which the first `live` are there.
+
+    Every method takes all of them, or `rows` from the `start`-th of them on.
+    """
 
     def __init__(self, row, live, channels: int):
-        self.tile, self.channels = pl.program_id(0), channels
-        self.rows, self.live = pl.ds(row[self.tile], TILE), live[self.tile]
-        self.mask = lax.broadcasted_iota(jnp.int32, (TILE, channels), 0) < self.live
+        self.tile, self.channels = pl.program_id(1), channels
+        self.first, self.live = row[self.tile], live[self.tile]
 
-    def _at(self, ref, column):
-        return ref.at[self.rows, pl.ds(column * self.channels, self.channels)]
+    def _rows(self, start, rows: int):
+        return pl.ds(self.first + start, rows)
 
-    def load(self, ref, column) -> jax.Array:
-        """Columns `column * channels`.. of the rows, float32, zeros for rows that are not there."""
-        return plgpu.load(self._at(ref, column), mask=self.mask, other=0.0).astype(jnp.float32)
+    def _mask(self, start, shape: tuple[int, ...]) -> jax.Array:
+        return start + lax.broadcasted_iota(jnp.int32, shape, 0) < self.live
 
-    def load_rows(self, ref) -> jax.Array:
-        """A number a row, float32 [128, 1]."""
-        mask = lax.iota(jnp.int32, TILE) < self.live
-        numbers = plgpu.load(ref.at[self.rows], mask=mask, other=0.0)
-        return numbers.astype(jnp.float32)[:, None]
+    def _own(self, column):
+        return pl.ds(column * self.channels, self.channels)
 
-    def store_rows(self, ref, column, numbers: jax.Array) -> None:
+    def load(self, ref, column, start=0, rows: int = TILE) -> jax.Array:
+        """Columns `column * channels`.. of rows, float32, zeros for rows that are not there."""
+        at = ref.at[self._rows(start, rows), self._own(column)]
+        mask = self._mask(start, (rows, self.channels))
+        return plgpu.load(at, mask=mask, other=0.0).astype(jnp.float32)
+
+    def load_rows(self, ref, start=0, rows: int = TILE) -> jax.Array:
+        """A number a row, float32 [rows, 1]."""
+        at, mask = ref.at[self._rows(start, rows)], self._mask(start, (rows,))
+        return plgpu.load(at, mask=mask, other=0.0).astype(jnp.float32)[:, None]
+
+    def store_rows(self, ref, column, numbers: jax.Array, start=0) -> None:
         """A number a row to line `column` of `ref` [columns, M]."""
-        mask = lax.iota(jnp.int32, TILE) < self.live
-        plgpu.store(ref.at[column, self.rows], numbers, mask=mask)
+        at = ref.at[column, self._rows(start, numbers.shape[0])]
+        plgpu.store(at, numbers, mask=self._mask(start, numbers.shape))
+
+    def store_codes(self, x: jax.Array, out: tuple, column, start=0) -> None:
+        """Quantises `x` float32 [rows, 128] in tiles of one row."""
+        codes, scale = out
+        row_scale = _scale(jnp.max(jnp.abs(x), axis=1))
+        at = codes.at[self._rows(start, x.shape[0]), self._own(column)]
+        plgpu.store(at, _codes(x, row_scale[:, None]), mask=self._mask(start, x.shape))
+        self.store_rows(scale, column, row_scale, start)
+
+    def store_scale(self, scale: jax.Array, out: tuple, column) -> None:
+        """The scales [channels] of tiles of one column."""
+        plgpu.store(out[1].at[self.tile, self._own(column)], scale)
+
+    def store_turned(self, x: jax.Array, scale: jax.Array, out: tuple, column, start=0) -> None:
+        """The codes of `x` float32 [rows, channels] for these scales, transposed."""
+        across = pl.ds(self.tile * TILE + start, x.shape[0])
+        plgpu.store(out[0].at[self._own(column), across], _codes(x, scale[None, :]).T)
 
     def store_transposed(self, x: jax.Array, out: tuple, column) -> None:
         """Quantises `x` float32 [128, channels] in tiles of one column, transposed."""
-        codes, scale = out
-        channel_scale = _scale(jnp.max(jnp.abs(x), axis=0))
-        own = pl.ds(column * self.channels, self.channels)
-        turned = _codes(x, channel_scale[None, :]).T
-        plgpu.store(codes.at[own, pl.ds(self.tile * TILE, TILE)], turned)
-        plgpu.store(scale.at[self.tile, own], channel_scale)
-
-    def store_both(self, x: jax.Array, rows: tuple, tokens: tuple, column) -> None:
-        """Quantises `x` float32 [128, 128] in tiles of one row and, transposed, of one column."""
-        codes, scale = rows
-        row_scale = _scale(jnp.max(jnp.abs(x), axis=1))
-        plgpu.store(self._at(codes, column), _codes(x, row_scale[:, None]), mask=self.mask)
-        self.store_rows(scale, column, row_scale)
-        self.store_transposed(x, tokens, column)
+        scale = _scale(jnp.max(jnp.abs(x), axis=0))
+        self.store_turned(x, scale, out, column)
+        self.store_scale(scale, out, column)
 
 
 def quantize_both(
@@ -259,12 +280,14 @@ def quantize_both(
     (rows, channels), tiles = x.shape, row.shape[0]
 
     def body(row, live, x, *outs):
-        tile, column = _Tile(row, live, TILE), pl.program_id(1)
-        tile.store_both(tile.load(x, column), outs[:2], outs[2:], column)
+        tile, column = _Tile(row, live, TILE), pl.program_id(0)
+        numbers = tile.load(x, column)
+        tile.store_codes(numbers, outs[:2], column)
+        tile.store_transposed(numbers, outs[2:], column)
 
     codes, scale, token_codes, token_scale = _call(
         body,
-        (tiles, channels // TILE),
+        (channels // TILE, tiles),
         (*_row_shapes(rows, channels), *_token_shapes(channels, tiles)),
         [_WHOLE] * 3,
         (_WHOLE,) * 4,
@@ -297,21 +320,52 @@ def swiglu_backward(
 
     def body(row, live, gate_up, dh, weight, *outs):
         rows, tokens, hidden, sums = outs[:2], outs[2:4], outs[4:6], outs[6]
-        tile, column = _Tile(row, live, TILE), pl.program_id(1)
-        gate, up = tile.load(gate_up, column), tile.load(gate_up, column + blocks)
-        d_hidden, factor = tile.load(dh, column), tile.load_rows(weight)
-        sigmoid = 1 / (1 + jnp.exp(-gate))
-        silu = gate * sigmoid
-        tile.store_rows(sums, column, jnp.sum(d_hidden * silu * up, axis=1))
-        tile.store_transposed(silu * up * factor, hidden, column)
-        d_hidden = d_hidden * factor
-        tile.store_both(d_hidden * silu, rows, tokens, column + blocks)
-        d_silu = sigmoid + silu * (1 - sigmoid)
-        tile.store_both(d_hidden * up * d_silu, rows, tokens, column)
+        tile, gate_at = _Tile(row, live, TILE), pl.program_id(0)
+        up_at = gate_at + blocks
+
+        def results(start, count):
+            """The activation and the gradients of gate and up; summands of the weights' own."""
+            gate, up, d_hidden = (
+                tile.load(ref, column, start, count)
+                for ref, column in ((gate_up, gate_at), (gate_up, up_at), (dh, gate_at))
+            )
+            factor = tile.load_rows(weight, start, count)
+            sigmoid = 1 / (1 + jnp.exp(-gate))
+            silu = gate * sigmoid
+            activation = silu * up
+            summands = d_hidden * activation
+            d_hidden = d_hidden * factor
+            d_gate = d_hidden * up * (sigmoid + silu * (1 - sigmoid))
+            return (activation * factor, d_gate, d_hidden * silu), summands
+
+        # Twice over the rows, a few at a time: all at once do not fit the registers.
+        first, second = _PASS_ROWS
+
+        def along_rows(i, largest):
+            start = i * first
+            values, summands = results(start, first)
+            tile.store_rows(sums, gate_at, jnp.sum(summands, axis=1), start)
+            tile.store_codes(values[1], rows, gate_at, start)
+            tile.store_codes(values[2], rows, up_at, start)
+            return tuple(map(jnp.maximum, largest, map(jnp.abs, values)))
+
+        zeros = (jnp.zeros((first, TILE), jnp.float32),) * 3
+        largest = lax.fori_loop(0, TILE // first, along_rows, zeros)
+        outputs = ((hidden, gate_at), (tokens, gate_at), (tokens, up_at))
+        scales = [_scale(jnp.max(most, axis=0)) for most in largest]
+        for scale, output in zip(scales, outputs, strict=True):
+            tile.store_scale(scale, *output)
+
+        def along_columns(i, _):
+            values, _ = results(i * second, second)
+            for value, scale, output in zip(values, scales, outputs, strict=True):
+                tile.store_turned(value, scale, *output, i * second)
+
+        lax.fori_loop(0, TILE // second, along_columns, None)
 
     codes, scale, turned, turned_scale, hidden, hidden_scale, sums = _call(
         body,
-        (tiles, blocks),
+        (blocks, tiles),
         (
             *_row_shapes(rows, 2 * columns),
             *_token_shapes(2 * columns, tiles),
@@ -320,7 +374,7 @@ def swiglu_backward(
         ),
         [_WHOLE] * 5,
         (_WHOLE,) * 7,
-        warps=16,
+        warps=8,
         name="swiglu_backward",
         interpret=interpret,
     )(row, live, gate_up, dh, row_weight)

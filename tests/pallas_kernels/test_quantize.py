@@ -174,6 +174,16 @@ def test_triton_rows():
         _close(ours, jax.jit(swiglu_quantize)(x, factor))
 
 
+def test_triton_codes_are_not_clipped_and_need_not_be():
+    """Some largest numbers times the reciprocal of their scale exceed 448, all by too little."""
+    x = np.random.default_rng(0).normal(size=(1024, 128)).astype(np.float32)
+    codes, scale = quantize_triton.quantize_tiles(jnp.asarray(x), interpret=True)
+    products = np.abs(x * (np.float32(1) / np.asarray(scale).T))
+    assert products.max() > 448
+    codes = np.asarray(codes, np.float32)
+    assert (np.abs(codes).max(1) == 448).all()  # nan, if one of them had overflowed
+
+
 def test_triton_weights():
     w = _numbers(2, 128, 384).at[1, :, :128].set(0)
     _close(quantize_triton.quantize_weights(w, interpret=True), jax.jit(quantize_weights)(w))
