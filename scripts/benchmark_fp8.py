@@ -49,14 +49,19 @@ class _Rows:
 
 
 class _Matrices:
-    """Matrices quantised in blocks of 128 x 128; indexed by the group, float32."""
+    """Matrices quantised in blocks of 128 x 128; indexed by the group, float32.
 
-    def __init__(self, codes: jax.Array, scale: jax.Array):
+    `codes` and `scale` may be turned, as forward reads them: then they are turned back.
+    """
+
+    def __init__(self, codes: jax.Array, scale: jax.Array, turned: bool):
         self.codes, self.scale = _codes_in_torch(codes), torch.from_dlpack(scale)
+        self.turned = turned
 
     def __getitem__(self, group: int) -> torch.Tensor:
         scale = self.scale[group].repeat_interleave(128, 0).repeat_interleave(128, 1)
-        return self.codes[group].float() * scale
+        matrix = self.codes[group].float() * scale
+        return matrix.T if self.turned else matrix
 
 
 class _Tokens:
@@ -67,8 +72,10 @@ class _Tokens:
         self.first, self.ends = np.asarray(tiles.first), ends
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        first = int(self.first[np.searchsorted(self.ends, rows.start, side="right")])
         count = rows.stop - rows.start
+        if not count:
+            return self.codes[:, :0].T.float()
+        first = int(self.first[np.searchsorted(self.ends, rows.start, side="right")])
         codes = self.codes[:, 128 * first : 128 * first + count].T.float()
         tiles = self.scale[first : first - (-count // 128)]
         return codes * tiles.repeat_interleave(128, 0)[:count]
@@ -86,39 +93,83 @@ def _codes_in_torch(codes: jax.Array) -> torch.Tensor:
     return torch.from_dlpack(bits).view(torch.float8_e4m3fn)
 
 
+def _quantised(operation: str, x: jax.Array, dy: jax.Array, w: jax.Array, sizes: jax.Array):
+    """What our kernel of an operation multiplies, as it takes it."""
+    if operation == "wgrad":
+        return tuple(quantize.transpose_quantize(rows, sizes) for rows in (x, dy))
+    weights = quantize.quantize_weights(w)
+    if operation == "fwd":
+        return *quantize.quantize_tiles(x), weights.turned, weights.scale.mT, sizes
+    return *quantize.quantize_tiles(dy), weights.codes, weights.scale, sizes
+
+
+@functools.cache
+def _operands(operation: str, problem: base.Problem) -> tuple:
+    """Of all our kernels of an operation: at C those of one take half of what its weights do."""
+    tensors = problem.jax_x, problem.jax_dy, problem.jax_w, problem.jax_sizes
+    return jax.jit(functools.partial(_quantised, operation))(*tensors)
+
+
+class _Product:
+    """One of our kernels, compiled; the operands are made when it is first called."""
+
+    operand_bytes = 1
+
+    def __init__(self, operation: str, problem: base.Problem, tile: Any):
+        self.operation, self.problem = operation, problem
+        groups = operation == "wgrad"
+        kernel = hopper_fp8_groups.multiply_groups if groups else hopper_fp8_rows.multiply
+        quantised = functools.partial(_quantised, operation)
+        structs = jax.eval_shape(quantised, *problem.structs("x", "dy", "w"))
+        run = jax.jit(functools.partial(kernel, tile=tile))
+        self.run = run.lower(*structs).compile()
+
+    def __call__(self) -> jax.Array:
+        return self.run(*_operands(self.operation, self.problem))
+
+    @property
+    def operands(self) -> _Dequantized:
+        values = _operands(self.operation, self.problem)
+        if self.operation == "wgrad":
+            x, dy = (_Tokens(tiles, self.problem.ends) for tiles in values)
+            return _Dequantized(x=x, dy=dy)
+        forward = self.operation == "fwd"
+        rows, matrices = _Rows(*values[:2]), _Matrices(*values[2:4], turned=forward)
+        return _Dequantized(w=matrices, **{"x" if forward else "dy": rows})
+
+
 @base.implementation("ours fp8", *base.OPERATIONS)
 def _ours_fp8(operation: str, problem: base.Problem, tile=None) -> Callable:
-    if operation == "wgrad":
-        tokens = jax.jit(quantize.transpose_quantize)
-        x, dy = (tokens(rows, problem.jax_sizes) for rows in (problem.jax_x, problem.jax_dy))
-        run = jax.jit(functools.partial(hopper_fp8_groups.multiply_groups, tile=tile))
-        start = functools.partial(run, x, dy)
-        start.operands = _Dequantized(x=_Tokens(x, problem.ends), dy=_Tokens(dy, problem.ends))  # pyrefly: ignore[missing-attribute]
-        return start
-    weights = jax.jit(quantize.quantize_weights)(problem.jax_w)
-    matrices = _Matrices(weights.codes, weights.scale)
-    run = jax.jit(functools.partial(hopper_fp8_rows.multiply, tile=tile))
-    forward = operation == "fwd"
-    rows = jax.jit(quantize.quantize_tiles)(problem.jax_x if forward else problem.jax_dy)
-    codes, scale = weights.codes, weights.scale
-    if forward:
-        codes, scale = weights.turned, jnp.copy(scale.mT)
-    start = functools.partial(run, *rows, codes, scale, problem.jax_sizes)
-    side = {"x" if forward else "dy": _Rows(*rows)}
-    start.operands = _Dequantized(w=matrices, **side)  # pyrefly: ignore[missing-attribute]
-    return start
+    return _Product(operation, problem, tile)
+
+
+class _TorchProduct:
+    """torch's kernel with one scale a row, all of them one; operands as in `_Product`."""
+
+    operand_bytes = 1
+
+    def __init__(self, problem: base.Problem):
+        self.problem = problem
+
+    @functools.cached_property
+    def values(self) -> tuple:
+        problem = self.problem
+        groups, k, n = problem.w.shape
+        w = torch.empty((groups, n, k), device="cuda", dtype=torch.float8_e4m3fn)
+        w.copy_(problem.w.transpose(1, 2))
+        ones = (torch.ones(size, device="cuda") for size in (problem.rows, (groups, n)))
+        return problem.x.to(torch.float8_e4m3fn), w.transpose(1, 2), *ones
+
+    def __call__(self) -> torch.Tensor:
+        offsets = self.problem.offsets
+        return torch._scaled_grouped_mm(
+            *self.values, offs=offsets, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
 
 
 @base.implementation("torch fp8 row-wise", "fwd")
 def _torch_fp8(operation: str, problem: base.Problem) -> Callable:
-    x, (groups, n) = problem.x.to(torch.float8_e4m3fn), (problem.groups, problem.n)
-    w = torch.empty((groups, n, problem.k), device="cuda", dtype=torch.float8_e4m3fn)
-    w.copy_(problem.w.transpose(1, 2))
-    ones = (torch.ones(size, device="cuda") for size in (problem.rows, (groups, n)))
-    return functools.partial(
-        torch._scaled_grouped_mm, x, w.transpose(1, 2), *ones,
-        offs=problem.offsets, out_dtype=torch.bfloat16, use_fast_accum=True,
-    )  # fmt: skip
+    return _TorchProduct(problem)
 
 
 def register_tile(spec: str) -> None:
@@ -264,10 +315,11 @@ def _time(shape: str, lines: list[_Line], pairs: dict[str, str], options: Any) -
         say(f"{line.name} ran")
     for mine, other in pairs.items():
         named[mine].compare(named[other])
+    calls = [max(5, round(options.window / base.seconds(line.start, 2))) for line in lines]
     shuffle = np.random.default_rng(0).permutation
     for _ in range(options.rounds):
         for i in shuffle(len(lines)):
-            lines[i].times.append(base.seconds(lines[i].start, 5))
+            lines[i].times.append(base.seconds(lines[i].start, calls[i]))
     return [line.record(shape) for line in lines]
 
 

@@ -114,26 +114,32 @@ class Problem:
         torch.manual_seed(seed)
         return torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(0, scale)
 
-    def compile(self, function: Callable, *operands: str) -> Callable:
-        """`function` of these of "x", "dy", "w", then the group sizes; of no argument, compiled."""
+    def structs(self, *operands: str) -> list[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of these of "x", "dy", "w", then of the group sizes."""
         shapes = {
             "x": (self.rows, self.k),
             "dy": (self.rows, self.n),
             "w": (self.groups, self.k, self.n),
         }
         structs = [jax.ShapeDtypeStruct(shapes[name], jnp.bfloat16) for name in operands]
-        sizes = jax.ShapeDtypeStruct((self.groups,), jnp.int32)
-        run = jax.jit(function).lower(*structs, sizes).compile()
+        return [*structs, jax.ShapeDtypeStruct((self.groups,), jnp.int32)]
+
+    def compile(self, function: Callable, *operands: str) -> Callable:
+        """`function` of these of "x", "dy", "w", then the group sizes; of no argument, compiled."""
+        run = jax.jit(function).lower(*self.structs(*operands)).compile()
         return lambda: run(*(getattr(self, f"jax_{name}") for name in operands), self.jax_sizes)
 
     def flops(self) -> float:
         return 2.0 * self.rows * self.k * self.n
 
-    def floor_bytes(self, operation: str) -> int:
+    def floor_bytes(self, operation: str, operand_bytes: int) -> int:
         """Each input read once and each output written, weights of groups with rows only."""
-        hit = int((self.sizes > 0).sum()) if operation != "wgrad" else self.groups
-        elements = self.rows * (self.k + self.n) + hit * self.k * self.n
-        return 2 * elements
+        x, dy = self.rows * self.k, self.rows * self.n
+        if operation == "wgrad":
+            return operand_bytes * (x + dy) + 2 * self.groups * self.k * self.n
+        rows, out = (x, dy) if operation == "fwd" else (dy, x)
+        hit = int((self.sizes > 0).sum())
+        return operand_bytes * (rows + hit * self.k * self.n) + 2 * out
 
     def error(self, operation: str, result: torch.Tensor, operands: Any = None) -> float:
         """Worst group's relative L2 distance from the float32 product of `operands`, or ours."""
@@ -325,10 +331,12 @@ def measure(ready: list[Contender], problem: Problem, options: argparse.Namespac
             times[i].append(seconds(ready[i].run, calls[i]))
     for contender, measured in zip(ready, times, strict=True):
         ms = statistics.median(measured) * 1e3
+        operand_bytes = getattr(contender.run, "operand_bytes", 2)
+        moved = problem.floor_bytes(contender.operation, operand_bytes)
         contender.record |= {
             "ms": ms,
             "tflops": problem.flops() / ms / 1e9,
-            "of_floor": problem.floor_bytes(contender.operation) / rate / ms * 1e3,
+            "of_floor": moved / rate / ms * 1e3,
             "quartiles_ms": [q * 1e3 for q in statistics.quantiles(measured)],
         }
 
