@@ -31,6 +31,7 @@ usage: train.py CONFIG --out DIR [--resume] [--SECTION.FIELD VALUE ...]
   --out     directory of the run: metrics, plots and checkpoints
   --resume  continue from the newest checkpoint in DIR
 
+A new run starts from weights with --init-from PATH: a Hugging Face folder, a converted one, a run.
 Every field can be overridden, as in --optimizer.peak-lr 3e-4 --model.q-lora-rank None:
 """
 

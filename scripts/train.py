@@ -1,7 +1,8 @@
 """Trains a model: `python scripts/train.py configs/tiny.py --out runs/tiny [--resume]`.
 
-`--help` lists every field that can be overridden, as in `--optimizer.peak-lr 3e-4`. On several
-hosts the same command starts on each of them: see docs/pods.md.
+`--help` lists every field that can be overridden, as in `--optimizer.peak-lr 3e-4`. With
+`--init-from PATH` a new run starts from weights: see docs/weights.md. On several hosts the same
+command starts on each of them: see docs/pods.md.
 """
 
 import dataclasses

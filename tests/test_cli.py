@@ -62,6 +62,10 @@ def test_no_override_is_the_file_as_it_is():
         (["--optimizer.peak_lr", "3e-4"], {"optimizer.peak_lr": 3e-4}),
         (["--optimizer.peak_lr=3e-4"], {"optimizer.peak_lr": 3e-4}),
         (["--steps", "9", "--steps=10"], {"steps": 10}),
+        (
+            ["--init-from", "v3", "--init-missing-mtp", "True"],
+            {"init_from": "v3", "init_missing_mtp": True},
+        ),
         (["--steps", "None"], {}),
         (["--seed=4", "--data.seed=5"], {"seed": 4, "data.seed": 5}),
         (["--model.q-lora-rank", "None"], {"model.q_lora_rank": None}),
@@ -110,6 +114,7 @@ def test_arguments_may_come_in_any_order():
         (["--optimiser", "3"], "unknown option --optimiser"),
         (["--model", "3"], "unknown option --model"),
         (["--steps", "3.5"], "--steps '3.5' must be an integer or None"),
+        (["--init-missing-mtp=True"], "init_missing_mtp=True must come with init_from"),
         (["--optimizer.peak-lr", "abc"], "--optimizer.peak-lr 'abc' must be a number"),
         (["--model.norm-topk-prob=maybe"], "'maybe' must be True or False"),
         (["--runtime.remat-policy=all"], "must be one of none, full, dots, attention"),

@@ -26,7 +26,7 @@ from dsv3_jax.checkpoints.ledger import (
     block_size,
     parameter_shapes,
 )
-from dsv3_jax.checkpoints.metadata import config_from_dict
+from dsv3_jax.checkpoints.origin import Origin, find_weights
 from dsv3_jax.checkpoints.safetensors_io import WeightsError, open_folder, same_bytes
 from dsv3_jax.checkpoints.store import CheckpointStore
 from dsv3_jax.config import ConfigError, ModelConfig, RuntimeConfig
@@ -80,7 +80,6 @@ def load_pretrained(
         `keep_fp8` where nothing is FP8 in blocks of 128 x 128.
       CheckpointError: the checkpoint is damaged.
     """
-    folder = Path(path)
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"{dtype=} must be 'bfloat16' or 'float32' (load_pretrained)")
     for axis in () if mesh is None else mesh.axis_names:
@@ -88,23 +87,37 @@ def load_pretrained(
             raise ConfigError(
                 f"mesh axis {axis!r} must be one of {', '.join(AXES)} (load_pretrained)"
             )
-    run = checkpoint_folder(folder)
-    if run is not None:
-        if keep_fp8:
-            raise ConfigError(f"{keep_fp8=} needs a Hugging Face folder with FP8 weights ({run})")
-        config, variables = _load_checkpoint(run, mesh, np.dtype(dtype))
-    elif (folder / "config.json").is_file():
-        config, variables = _load_hf_folder(folder, mesh, np.dtype(dtype), keep_fp8)
+    origin = find_weights(path)
+    variables = load_variables(origin, mesh, np.dtype(dtype), keep_fp8=keep_fp8)
+    return Transformer(origin.config, RuntimeConfig(compute_dtype=dtype)), variables
+
+
+def load_variables(
+    origin: Origin,
+    mesh: Mesh | None,
+    dtype: np.dtype,
+    *,
+    keep_fp8: bool = False,
+    mtp_modules: int | None = None,
+) -> dict:
+    """{"params", "router_state"} as `load_pretrained` gives them.
+
+    Args:
+      mtp_modules: leave out those after the first so many; None loads all that the config has.
+    """
+    config = origin.config
+    if mtp_modules is not None:
+        config = dataclasses.replace(config, num_nextn_predict_layers=mtp_modules)
+    if origin.step is None:
+        variables = _load_hf_folder(origin, config, mesh, dtype, keep_fp8)
+    elif keep_fp8:
+        raise ConfigError(
+            f"{keep_fp8=} needs a Hugging Face folder with FP8 weights ({origin.folder})"
+        )
     else:
-        raise WeightsError(f"neither a config.json nor checkpoints/ of a run ({folder})")
+        variables = _load_checkpoint(origin, config, mesh, dtype)
     variables.setdefault("router_state", {})
-    return Transformer(config, RuntimeConfig(compute_dtype=dtype)), variables
-
-
-def checkpoint_folder(path: Path) -> Path | None:
-    """The `checkpoints/` of a run or a converted folder, which may be `path`; None without one."""
-    found = (path / "checkpoints", path)
-    return next((p for p in found if p.name == "checkpoints" and p.is_dir()), None)
+    return variables
 
 
 def to_hf_state_dict(config: ModelConfig, variables: dict) -> dict[str, np.ndarray]:
@@ -150,11 +163,15 @@ def _loaded_dtype(path: hf_names.Path, dtype: np.dtype) -> np.dtype:
 
 
 def _load_hf_folder(
-    folder: Path, mesh: Mesh | None, dtype: np.dtype, keep_fp8: bool
-) -> tuple[ModelConfig, dict]:
-    """Reads every parameter onto its devices, one after the other."""
-    config, block = ModelConfig.from_hf(folder), block_size(folder)
-    entries = open_folder(folder)
+    origin: Origin, config: ModelConfig, mesh: Mesh | None, dtype: np.dtype, keep_fp8: bool
+) -> dict:
+    """Reads every parameter of `config` onto its devices, one after the other."""
+    folder = origin.folder
+    block, entries = block_size(folder), open_folder(folder)
+    for name in list(entries):
+        module = hf_names.mtp_module(name, origin.config)
+        if module is not None and module >= config.num_nextn_predict_layers:
+            del entries[name]
     shapes = parameter_shapes(abstract_variables(config))
     plan = assign(folder, config, shapes, entries, block)
     for item in plan:
@@ -183,7 +200,7 @@ def _load_hf_folder(
             where = ("scales", *path[1:])
             array = _place(scales, path, where, grid, np.dtype(np.float32), mesh)
             _set(variables, where, array)
-    return config, variables
+    return variables
 
 
 def _can_stay_fp8(path: hf_names.Path, tensors: list[Assignment]) -> bool:
@@ -304,11 +321,12 @@ def _with_piece(whole: jax.Array, piece: jax.Array, start: list[int]) -> jax.Arr
 _insert = jax.jit(_with_piece, donate_argnums=0)  # in place
 
 
-def _load_checkpoint(folder: Path, mesh: Mesh | None, dtype: np.dtype) -> tuple[ModelConfig, dict]:
-    """The network of the newest checkpoint, without any optimizer state, cast to `dtype`."""
-    store = CheckpointStore(folder)
-    config = config_from_dict(store.read_metadata()["config"]).model
-    stored = stored_arrays(store)
+def _load_checkpoint(
+    origin: Origin, config: ModelConfig, mesh: Mesh | None, dtype: np.dtype
+) -> dict:
+    """The parameters of `config` in a checkpoint, without any optimizer state, cast to `dtype`."""
+    store = CheckpointStore(origin.folder)
+    stored = stored_arrays(store, origin.step)
 
     def target(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = tuple(key.key for key in path)
@@ -317,7 +335,7 @@ def _load_checkpoint(folder: Path, mesh: Mesh | None, dtype: np.dtype) -> tuple[
         return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
 
     targets = jax.tree_util.tree_map_with_path(target, abstract_variables(config))
-    arrays, _ = store.restore(None, targets, partial=True)
+    arrays, _ = store.restore(origin.step, targets, partial=True)
     leaves, structure = jax.tree_util.tree_flatten_with_path(arrays)
     del arrays
     cast = []
@@ -325,12 +343,14 @@ def _load_checkpoint(folder: Path, mesh: Mesh | None, dtype: np.dtype) -> tuple[
         while leaves:  # each array goes before the next is cast
             path, leaf = leaves.pop(0)
             cast.append(leaf.astype(_loaded_dtype(tuple(key.key for key in path), dtype)))
-    return config, jax.tree.unflatten(structure, cast)
+    return jax.tree.unflatten(structure, cast)
 
 
-def stored_arrays(store: CheckpointStore) -> dict[hf_names.Path, jax.ShapeDtypeStruct]:
-    """{path: shape and dtype} of the arrays of a store's newest checkpoint; reads none of them."""
-    step = store.latest_step()
+def stored_arrays(
+    store: CheckpointStore, step: int | None = None
+) -> dict[hf_names.Path, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype} of a checkpoint's arrays (None: the newest); reads none of them."""
+    step = store.latest_step() if step is None else step
     if step is None:
         raise ConfigError(f"no checkpoint in {store.directory}")
     handler = ocp.PyTreeCheckpointHandler()

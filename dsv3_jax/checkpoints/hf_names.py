@@ -106,6 +106,13 @@ def rows(config: ModelConfig) -> Iterator[Row]:
         yield from _layer_rows(config, number, (module, "layer"), (), moe=True)
 
 
+def mtp_module(name: str, config: ModelConfig) -> int | None:
+    """Which of the config's MTP modules a tensor belongs to; None: to none of them."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    depth = int(match[1]) - config.num_hidden_layers if match else -1
+    return depth if 0 <= depth < config.num_nextn_predict_layers else None
+
+
 def tied_copies(config: ModelConfig) -> dict[str, str]:
     """Tensors of the MTP layers that repeat another: {copy's name: original's name}."""
     copies = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.checkpoints import hf_names
-from dsv3_jax.checkpoints.convert import abstract_variables, checkpoint_folder, stored_arrays
+from dsv3_jax.checkpoints.convert import abstract_variables, stored_arrays
 from dsv3_jax.checkpoints.from_hf import SCALES
 from dsv3_jax.checkpoints.ledger import (
     FP8,
@@ -18,6 +18,7 @@ from dsv3_jax.checkpoints.ledger import (
     tensor_shape,
 )
 from dsv3_jax.checkpoints.metadata import config_from_dict
+from dsv3_jax.checkpoints.origin import checkpoint_folder
 from dsv3_jax.checkpoints.safetensors_io import (
     DTYPE_CODES,
     TensorEntry,
@@ -214,6 +215,9 @@ def _describe_checkpoint(folder: Path, run: Path) -> Iterator[str]:
     if not converted:
         numbers = ", ".join(map(str, steps))
         yield _line("steps", f"{numbers}; {metadata['sequences']:,} sequences seen")
+    if start := metadata.get("init_from"):
+        step = "" if start["step"] is None else f", step {start['step']}"
+        yield _line("started from", f"{start['path']} ({start['kind']}{step})")
     yield _line("written by", ", ".join(f"{k} {v}" for k, v in metadata["versions"].items()))
     yield from _network(config, shapes)
     files = [path for path in store.state_folder(steps[-1]).rglob("*") if path.is_file()]

@@ -262,6 +262,9 @@ class TrainConfig:
     """A whole training run. It ends after `total_tokens`, or after `steps` steps if that is less.
 
     `steps` does not move any schedule: a run stopped early and resumed is the run never stopped.
+    `init_from`: where a new run's weights and expert biases come from: a Hugging Face folder, one
+    that `convert.py from-hf` made, or a run (its newest checkpoint); null is at random.
+    `init_missing_mtp`: begin MTP modules that those weights lack at random, instead of refusing.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -277,11 +280,18 @@ class TrainConfig:
     total_tokens: int = 14_800_000_000_000
     steps: int | None = None
     seed: int = 0
+    init_from: str | None = None
+    init_missing_mtp: bool = False
 
     def __post_init__(self) -> None:
         place = "TrainConfig"
         require(self.total_tokens > 0, f"total_tokens={self.total_tokens} must be > 0", place)
         require(self.steps is None or self.steps > 0, f"steps={self.steps} must be positive", place)
+        require(
+            self.init_from is not None or not self.init_missing_mtp,
+            "init_missing_mtp=True must come with init_from",
+            place,
+        )
         require(
             self.total_tokens / self.data.sequence_length < 2**32,
             f"total_tokens={self.total_tokens} over sequence_length={self.data.sequence_length} "

@@ -194,8 +194,13 @@ class _Steps:
         return size
 
 
-def open_data(config: TrainConfig) -> TrainingData:
+def open_data(
+    config: TrainConfig, check_tokenizer: Callable[[Tokenizer], None] | None = None
+) -> TrainingData:
     """Corpus -> tokenizer -> tokens -> sequences, reusing the cache for whatever has not changed.
+
+    Args:
+      check_tokenizer: may raise, before anything is turned into tokens.
 
     Raises:
       DataError: the corpus, the tokenizer, or their fit to `config` is unusable.
@@ -209,6 +214,8 @@ def open_data(config: TrainConfig) -> TrainingData:
         texts=lambda: _texts_to_train_on(corpus.train),
         corpus_fingerprint=corpus.train.fingerprint,
     )
+    if check_tokenizer is not None:
+        check_tokenizer(tokenizer)
     cache = cache_folder(config.data)
     train, held_out = (
         cached_store(cache, documents, documents.fingerprint, tokenizer)

@@ -131,6 +131,21 @@ class Tokenizer:
         """The text of `ids`; special tokens appear by name, broken UTF-8 as U+FFFD."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def difference(self, other: "Tokenizer") -> str | None:
+        """What makes `other` give some text other ids, in a word or two; None if nothing does."""
+        mine, theirs = (tokenizer._what_gives_ids() for tokenizer in (self, other))
+        return next((name for name in mine if mine[name] != theirs[name]), None)
+
+    def _what_gives_ids(self) -> dict[str, Any]:
+        # As the library spells it: files of one tokenizer may differ in spelling.
+        fields = json.loads(self._tokenizer.to_str())
+        return {
+            "entries": fields["model"].pop("vocab"),
+            "merges": fields["model"].pop("merges"),
+            "special tokens": (self._added, self.bos_id, self.eos_id),
+            "rules": [fields["model"], fields["normalizer"], fields["pre_tokenizer"]],
+        }
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` to `path` and `tokenizer_config.json` beside it.
 

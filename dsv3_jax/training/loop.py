@@ -30,8 +30,9 @@ from dsv3_jax.parallel.feeding import BatchFeed
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.placement import mesh_for, require_fit
 from dsv3_jax.training.flops import peak_flops, train_flops_per_token
+from dsv3_jax.training.init_from import Start
 from dsv3_jax.training.metrics import METRIC_KEYS, MetricsWriter, ProgressBar
-from dsv3_jax.training.opening import open_data_together, open_run, start_state
+from dsv3_jax.training.opening import open_data_together, open_run, recorded_start, start_state
 from dsv3_jax.training.optimizer import batch_size
 from dsv3_jax.training.step import (
     StepMetrics,
@@ -140,12 +141,14 @@ class _Run:
         data: TrainingData,
         mesh: Mesh | None,
         cluster: Cluster,
+        start: Start | None,
     ) -> None:
         self.config, self.out, self.store, self.data, self.mesh = config, out, store, data, mesh
         self.cluster = cluster
         self.feed = BatchFeed(mesh, config.batch.microbatch_size)
         self.model = Transformer(config.model, config.runtime)
-        self.state = start_state(store, self.model, config, data, mesh)
+        self.state = start_state(store, self.model, config, data, mesh, start)
+        self._init_from = recorded_start(store, start)
         self.held_out = data.held_out(config.evaluation.sequences)
         device = jax.devices()[0]
         peak = peak_flops(device.device_kind)
@@ -163,7 +166,7 @@ class _Run:
 
     def save(self, metric: float | None = None) -> None:
         metadata = describe_run(self.config, sequences=int(self.state.sequences))
-        metadata["data"] = self.data.describe()
+        metadata |= {"data": self.data.describe(), "init_from": self._init_from}
         self.store.save(self.step, self.state, metadata, metric=metric)
 
     def evaluate(self, writer: MetricsWriter | None) -> float:
@@ -287,14 +290,14 @@ def train(
     `out_dir` receives `metrics.jsonl`, `evaluation.jsonl`, `tensorboard/`, `checkpoints/`, the
     tokenizer, and at the end `loss.png`, `expert_load.png`, `sample.txt` and `summary.json`.
     SIGTERM and SIGINT save a checkpoint and end the run with 0. With `resume` it continues from
-    the newest checkpoint, or starts where there is none.
+    the newest checkpoint, or starts where there is none: from `config.init_from`, if that is set.
 
     Every process of `cluster` must call it alike; they share `out_dir`, where all write
     checkpoints and one writes the rest. A signal to any of them stops all after the same step.
 
     Raises:
-      ConfigError: bad input, a directory that holds a run (without `resume`), or a checkpoint of
-        another network or token stream.
+      ConfigError: bad input, a directory that holds a run (without `resume`), a checkpoint of
+        another network or token stream, or weights of another network or tokenizer.
       CheckpointError, MetricsError: a write failed.
       TrainingError: too many steps in a row were not finite.
       PeerError: another process failed.
@@ -306,12 +309,13 @@ def train(
     mesh = mesh_for(config.parallel) if cluster.count == 1 else make_mesh(config.parallel)
     if mesh is not None:
         require_fit(mesh, config)
-    with contextlib.closing(open_run(out, config, cluster, resume=resume)) as store:
-        data = open_data_together(config, cluster)
+    store, start = open_run(out, config, cluster, resume=resume)
+    with contextlib.closing(store):
+        data = open_data_together(config, cluster, start)
         if cluster.is_main:
             data.tokenizer.save(out / "tokenizer.json")
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            run = _Run(config, out, store, data, mesh, cluster)
+            run = _Run(config, out, store, data, mesh, cluster, start)
             last = max(planned_steps(config), run.step)
             writer = MetricsWriter(out, resume_step=run.step) if cluster.is_main else None
             with writer or contextlib.nullcontext():

@@ -65,7 +65,11 @@ class StepMetrics:
 
 def init_state(model: Transformer, config: TrainConfig) -> TrainState:
     """A fresh state from the config's seed."""
-    variables = init_variables(model, jax.random.key(config.seed))
+    return state_of(init_variables(model, jax.random.key(config.seed)), config)
+
+
+def state_of(variables: dict, config: TrainConfig) -> TrainState:
+    """The state of a run that has yet to take its first step from these variables."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,

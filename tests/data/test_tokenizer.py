@@ -15,6 +15,7 @@ from dsv3_jax.data.tokenizer import (
     FIM_BEGIN,
     FIM_END,
     FIM_HOLE,
+    PAD,
     Tokenizer,
     load_tokenizer,
 )
@@ -69,6 +70,47 @@ def test_byte_lengths_sum_to_the_text_and_decoding_gives_it_back(tokenizer, text
     assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode_batch([text, "other"]) == [ids, tokenizer.encode("other")]
+
+
+def test_what_makes_two_tokenizers_differ(trained, tmp_path):
+    trained.save(tmp_path / "tokenizer.json")
+    definition = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+
+    def changed(change, **roles):
+        fields = json.loads(json.dumps(definition))
+        change(fields)
+        return Tokenizer(json.dumps(fields, indent=1), place="here", **roles)
+
+    def swap_entries(fields):
+        vocab = fields["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+    def respell(fields):
+        fields["model"]["merges"] = [" ".join(pair) for pair in fields["model"]["merges"]]
+        fields["truncation"] = {
+            "direction": "Right",
+            "max_length": 9,
+            "strategy": "LongestFirst",
+            "stride": 0,
+        }
+        fields["added_tokens"][0]["special"] = False
+
+    def swap_merges(fields):
+        merges = fields["model"]["merges"]
+        merges[0], merges[1] = merges[1], merges[0]
+
+    def rename(fields):
+        fields["added_tokens"][3]["content"] = "<think>"
+
+    def split_otherwise(fields):
+        fields["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Removed"
+
+    assert trained.difference(changed(respell)) is None
+    assert trained.difference(changed(swap_entries)) == "entries"
+    assert trained.difference(changed(swap_merges)) == "merges"
+    assert trained.difference(changed(rename)) == "special tokens"
+    assert trained.difference(changed(lambda _: None, eos=PAD)) == "special tokens"
+    assert trained.difference(changed(split_otherwise)) == "rules"
 
 
 def test_special_names_in_a_document_stay_text(tokenizer):

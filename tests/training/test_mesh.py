@@ -3,6 +3,7 @@
 Meshes of eight are of the CPU's simulated devices; those of two run on two GPUs too, marked "gpu".
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -14,6 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax import cli
+from dsv3_jax.checkpoints.store import CheckpointStore
 from dsv3_jax.config import (
     BatchConfig,
     ConfigError,
@@ -27,7 +29,9 @@ from dsv3_jax.config import (
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.mesh import AXES, make_mesh
 from dsv3_jax.parallel.placement import batch_sharding, state_shardings
+from dsv3_jax.training.init_from import find_start
 from dsv3_jax.training.loop import TrainingError, train
+from dsv3_jax.training.opening import start_state
 from dsv3_jax.training.step import init_state, make_train_step
 
 # Accumulation, remat, MTP, groups, two shared experts; every axis below divides something.
@@ -86,27 +90,42 @@ def mesh_of(parallel: ParallelConfig) -> Mesh | None:
     return make_mesh(parallel, jax.devices()[: None if -1 in sizes else math.prod(sizes)])
 
 
+TOKENS = np.random.default_rng(0).integers(0, 96, (2, 2, 8, 13), np.int32)
+
+
+@functools.cache
+def jitted_step(parallel: ParallelConfig, dtype: str):
+    """(state, tokens) -> (state, metrics) on a mesh; compiled once for all tests."""
+    mesh, config = mesh_of(parallel), in_dtype(dtype)
+    model = Transformer(config.model, config.runtime)
+    if mesh is None:
+        step = jax.jit(make_train_step(model, config))
+    else:
+        shardings = state_shardings(mesh, jax.eval_shape(lambda: initial_state(model)))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        step = jax.jit(make_train_step(model, config), out_shardings=(shardings, everywhere))
+
+    def run(state, tokens):
+        if mesh is not None:
+            tokens = jax.device_put(tokens, batch_sharding(mesh, 8))
+        with jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0]):
+            return step(state, {"tokens": tokens})
+
+    return run
+
+
 @functools.cache
 def two_steps(parallel: ParallelConfig, dtype: str = "float32"):
     """(metrics, state) after each of two steps on a mesh, and the last state where it lies."""
     mesh, config = mesh_of(parallel), in_dtype(dtype)
     model = Transformer(config.model, config.runtime)
-    tokens = np.random.default_rng(0).integers(0, 96, (2, 2, 8, 13), np.int32)
     state = jax.jit(initial_state, static_argnums=0)(model)
-    if mesh is None:
-        step = jax.jit(make_train_step(model, config))
-        batches = list(tokens)
-    else:
-        shardings = state_shardings(mesh, state)
-        state = jax.device_put(state, shardings)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        step = jax.jit(make_train_step(model, config), out_shardings=(shardings, everywhere))
-        batches = [jax.device_put(t, batch_sharding(mesh, 8)) for t in tokens]
+    if mesh is not None:
+        state = jax.device_put(state, state_shardings(mesh, state))
     results = []
-    with jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0]):
-        for batch in batches:
-            state, metrics = step(state, {"tokens": batch})
-            results.append(jax.device_get((metrics, state)))
+    for tokens in TOKENS:
+        state, metrics = jitted_step(parallel, dtype)(state, tokens)
+        results.append(jax.device_get((metrics, state)))
     return results, state
 
 
@@ -192,11 +211,52 @@ def test_two_devices_in_bfloat16_add_no_more_error_than_its_rounding(axis):
 def test_each_device_holds_its_share():
     """Parameters and moments; routed experts are split by expert and within it."""
     _, state = two_steps(ParallelConfig(expert=4, fsdp=2))
+    check_shares(state)
+
+
+def check_shares(state) -> None:
     experts = state.params["moe_layers"]["mlp"]["experts"]
     assert experts["gate_up_proj"].addressable_shards[0].data.shape == (1, 4, 16, 2, 20)
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         if leaf.ndim > 2:
             assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+
+
+@pytest.fixture(scope="module")
+def from_transformers(tmp_path_factory):
+    """(folder, loss of the first batch) of a model that transformers made, filled and saved."""
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    hf_config = DeepseekV3Config(**CONFIG.model.to_hf(), attn_implementation="eager")
+    model = DeepseekV3ForCausalLM(hf_config).eval()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.3)  # without it the loss would be 1e-3 off
+        rows = torch.from_numpy(TOKENS[0].reshape(-1, 13)).long()
+        loss = model(input_ids=rows, labels=rows).loss.item()
+    folder = tmp_path_factory.mktemp("transformers")
+    model.save_pretrained(folder)
+    return folder, loss
+
+
+@pytest.mark.parametrize("sizes", [{}, {"expert": 4, "fsdp": 2}], ids=str)
+def test_the_first_loss_from_weights_is_transformers(from_transformers, tmp_path, sizes):
+    folder, expected = from_transformers
+    config = dataclasses.replace(CONFIG, init_from=str(folder), init_missing_mtp=True)
+    parallel = ParallelConfig(**sizes)
+    store, mesh = CheckpointStore(tmp_path / "checkpoints"), mesh_of(parallel)
+    model = Transformer(config.model, config.runtime)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        state = start_state(store, model, config, None, mesh, find_start(config))
+    if sizes:
+        check_shares(state)
+    _, metrics = jitted_step(parallel, "float32")(state, TOKENS[0])
+    # Float32 on both sides; measured 2.0e-7, on one device and on eight.
+    assert float(metrics.main_loss) == pytest.approx(expected, rel=1e-6)
+    assert abs(float(metrics.mtp_loss) - np.log(96)) < 1  # of modules that begin at random
 
 
 @pytest.mark.slow
