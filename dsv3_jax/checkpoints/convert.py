@@ -326,31 +326,20 @@ def _load_checkpoint(
 ) -> dict:
     """The parameters of `config` in a checkpoint, without any optimizer state, cast to `dtype`."""
     store = CheckpointStore(origin.folder)
-    stored = stored_arrays(store, origin.step)
 
     def target(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = tuple(key.key for key in path)
         sharding = None if mesh is None else _sharding(mesh, names, leaf.shape)
-        kind = stored.get(names, leaf).dtype  # cast afterwards; what is absent `restore` names
-        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, _loaded_dtype(names, dtype), sharding=sharding)
 
     targets = jax.tree_util.tree_map_with_path(target, abstract_variables(config))
-    arrays, _ = store.restore(origin.step, targets, partial=True)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(arrays)
-    del arrays
-    cast = []
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        while leaves:  # each array goes before the next is cast
-            path, leaf = leaves.pop(0)
-            cast.append(leaf.astype(_loaded_dtype(tuple(key.key for key in path), dtype)))
-    return jax.tree.unflatten(structure, cast)
+    variables, _ = store.restore(origin.step, targets, partial=True, cast=True)
+    return variables
 
 
-def stored_arrays(
-    store: CheckpointStore, step: int | None = None
-) -> dict[hf_names.Path, jax.ShapeDtypeStruct]:
-    """{path: shape and dtype} of a checkpoint's arrays (None: the newest); reads none of them."""
-    step = store.latest_step() if step is None else step
+def stored_arrays(store: CheckpointStore) -> dict[hf_names.Path, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype} of the arrays of a store's newest checkpoint; reads none of them."""
+    step = store.latest_step()
     if step is None:
         raise ConfigError(f"no checkpoint in {store.directory}")
     handler = ocp.PyTreeCheckpointHandler()

@@ -1,6 +1,7 @@
 """How Orbax writes a train state, with an inventory of the files and word of what fails."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from etils import epath
 
 from dsv3_jax.checkpoints.inventory import read_inventory, write_inventory
 
+_CHUNK = 1 << 26  # bytes; smaller ones took more processor time to write
+_CRUMB = 1 << 20
 _OWN_FOLDER = "ocdbt.process_"  # with the process's index: where Orbax lets it write
 
 
@@ -42,6 +45,24 @@ class StateHandler(ocp.PyTreeCheckpointHandler):
         except BaseException as error:
             self._failed(error)
             raise
+
+
+def chunks_of(leaf: Any) -> ocp.SaveArgs:
+    """In what chunks an array's shards are written: of no more than `_CHUNK` bytes.
+
+    A chunk is read, and held, as a whole. The leading axes (layers of a stack, then experts) are
+    cut first, into single ones, as long as a chunk is too large and its parts are no crumbs; so
+    who reads one layer, or one expert, need not hold the others.
+    """
+    sharding, cut = getattr(leaf, "sharding", None), []
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    size = math.prod(shape) * leaf.dtype.itemsize
+    for axis, length in enumerate(shape):
+        if size <= _CHUNK or size // length < _CRUMB:
+            break
+        cut.append(axis)
+        size //= length
+    return ocp.SaveArgs(shard_axes=tuple(cut), chunk_byte_size=_CHUNK)
 
 
 class _Writes:

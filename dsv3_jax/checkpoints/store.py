@@ -25,8 +25,9 @@ from etils import epath
 
 from dsv3_jax.checkpoints.inventory import find_damage, one_line
 from dsv3_jax.checkpoints.metadata import config_from_dict, config_to_dict, describe_run
-from dsv3_jax.checkpoints.state_handler import StateHandler, StateSave
-from dsv3_jax.config import ConfigError, nearest_name
+from dsv3_jax.checkpoints.state_handler import StateHandler, StateSave, chunks_of
+from dsv3_jax.checkpoints.stored_arrays import gigabytes_at_a_time, require_same_arrays
+from dsv3_jax.config import ConfigError
 
 __all__ = [
     "CheckpointError",
@@ -105,7 +106,9 @@ class CheckpointStore:
         try:
             manager = self._open_manager()
             self._metrics[step], self._pending = metric, step
-            args = ocp.args.Composite(**{_ITEM: StateSave(state, custom_metadata=record)})
+            chunks = jax.tree.map(chunks_of, state)
+            saved = StateSave(state, save_args=chunks, custom_metadata=record)
+            args = ocp.args.Composite(**{_ITEM: saved})
             manager.save(step, args=args, force=True)
         except Exception as error:
             self._failure = self._not_written(step, error)
@@ -190,9 +193,14 @@ class CheckpointStore:
         return self._record(self._resolve(step))["metadata"]
 
     def restore(
-        self, step: int | None, abstract_state: PyTree, *, partial: bool = False
+        self,
+        step: int | None,
+        abstract_state: PyTree,
+        *,
+        partial: bool = False,
+        cast: bool = False,
     ) -> tuple[PyTree, dict[str, Any]]:
-        """Reads a checkpoint, bit for bit.
+        """Reads a checkpoint, bit for bit, through two GB of memory and room for the largest shard.
 
         Args:
           step: which one; None is the newest.
@@ -201,6 +209,7 @@ class CheckpointStore:
             default device).
           partial: leave out whatever the checkpoint has and `abstract_state` does not, such as
             optimizer moments. The names must agree: {"params": ...} reads the field `params`.
+          cast: round what is stored in another dtype to that of `abstract_state`.
 
         Returns:
           The state and its metadata.
@@ -218,7 +227,11 @@ class CheckpointStore:
         try:
             stored = handler.metadata(epath.Path(folder))
             record: Any = stored.custom_metadata
-            _check_same_arrays(stored.tree, targets, partial, place=str(folder.parent))
+            require_same_arrays(stored.tree, targets, partial, cast, place=str(folder.parent))
+            handler.close()
+            handler = ocp.PyTreeCheckpointHandler(
+                restore_concurrent_gb=gigabytes_at_a_time(stored.tree, targets)
+            )
             state = handler.restore(
                 epath.Path(folder),
                 args=ocp.args.PyTreeRestore(
@@ -338,32 +351,6 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _check_same_arrays(stored: PyTree, targets: PyTree, partial: bool, place: str) -> None:
-    """Refuses a checkpoint whose arrays are not those of `targets`."""
-    have, want = _named_shapes(stored), _named_shapes(targets)
-    for name, shape in want.items():
-        if name not in have:
-            hint = nearest_name(name, have)
-            raise ConfigError(f"checkpoint has no {name} of the model configured{hint} ({place})")
-        if have[name] != shape:
-            raise ConfigError(
-                f"{name} is {have[name]} in the checkpoint and {shape} in the model configured "
-                f"({place})"
-            )
-    for name in have:
-        if name not in want and not partial:
-            raise ConfigError(f"the model configured has no {name} of the checkpoint ({place})")
-
-
-def _named_shapes(tree: PyTree) -> dict[str, str]:
-    """{"params/norm/weight": "float32 [64]", ...}."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype} {list(leaf.shape)}"
-        for path, leaf in leaves
-    }
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

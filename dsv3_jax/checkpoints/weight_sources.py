@@ -212,10 +212,13 @@ class _Run(_Checkpoint):
         for row in hf_names.rows(self.config):
             slots.setdefault(row.path, row)
         arrays = {path: self._open(path, plain) for path in slots}
-        # Chunks of a run may span many tensors: those that one tensor of each parameter crosses
-        # stay in memory, or they would be read again for the next.
-        kept = sum(_crossed_bytes(arrays[path], row) for path, row in slots.items())
-        context = ts.Context({"cache_pool": {"total_bytes_limit": kept}})
+        # A chunk may span many tensors, and a band many chunks: those that the tensors of a stack
+        # cross stay in memory, or they would be read again for the next band.
+        kept: dict[str, int] = {}
+        for path, row in slots.items():
+            stack = path[1]
+            kept[stack] = kept.get(stack, 0) + _crossed_bytes(arrays[path], row)
+        context = ts.Context({"cache_pool": {"total_bytes_limit": max(kept.values())}})
         self._arrays = {path: self._open(path, context) for path in slots}
 
     def _open(self, path: hf_names.Path, context: ts.Context) -> ts.TensorStore:
@@ -255,14 +258,24 @@ class _Run(_Checkpoint):
 
 
 def _crossed_bytes(array: ts.TensorStore, row: hf_names.Row) -> int:
-    """Bytes of all chunks of a parameter that one tensor's slot crosses."""
+    """Bytes of all chunks of a parameter that a band of a tensor crosses, and the band after it.
+
+    The next band may be another tensor's.
+    """
     chunk: Any = array.chunk_layout.read_chunk.shape  # known for every array of these drivers
     index = [*row.index, *[slice(None)] * (array.rank - len(row.index))]
-    sizes = [
-        -(-n // c) * c if isinstance(i, slice) else c
-        for n, c, i in zip(array.shape, chunk, index, strict=True)
-    ]
-    return math.prod(sizes) * array.dtype.numpy_dtype.itemsize
+    whole = [axis for axis, i in enumerate(index) if isinstance(i, slice)]
+    along = whole[-1 if row.transpose else 0]  # the axis of the tensor's rows
+    crossed = list(chunk)
+    for axis in whole:
+        length, size = array.shape[axis], chunk[axis]
+        crossed[axis] = -(-length // size) * size
+        if axis == along:
+            rows = band_rows(tensor_shape(tuple(array.shape), row))
+            crossed[axis] = min(crossed[axis], -(-rows // size) * size + size)
+    all_chunks = (-(-n // size) * size for n, size in zip(array.shape, chunk, strict=True))
+    elements = min(2 * math.prod(crossed), math.prod(all_chunks))
+    return elements * array.dtype.numpy_dtype.itemsize
 
 
 def _read_whole(name: str, entry: TensorEntry) -> np.ndarray:
