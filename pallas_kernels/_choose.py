@@ -1,9 +1,11 @@
 """How an operation picks its implementation: by name, or by the chip, logged once."""
 
+import contextlib
+import contextvars
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from jax.extend.core import Primitive
@@ -13,6 +15,22 @@ logger = logging.getLogger(__name__)
 
 # Without a GPU to ask, lowering elsewhere: the SXM parts of the H100 and the H200.
 _HOPPER_MULTIPROCESSORS = 132
+
+
+_only_shapes = contextvars.ContextVar("only_shapes", default=False)
+
+
+@contextlib.contextmanager
+def only_shapes() -> Iterator[None]:
+    """Tracing for shapes alone: nothing will be computed by what is chosen, so nothing is logged.
+
+    What is traced afterwards is logged as if it were the first.
+    """
+    token = _only_shapes.set(True)
+    try:
+        yield
+    finally:
+        _only_shapes.reset(token)
 
 
 @functools.cache
@@ -31,7 +49,8 @@ def choose(operation: str, implementations: Mapping[str, Callable], name: str | 
     if name not in implementations:
         known = ", ".join(implementations)
         raise ValueError(f"implementation={name!r} must be one of: {known} ({operation})")
-    _log_once(operation, name)
+    if not _only_shapes.get():
+        _log_once(operation, name)
     return implementations[name]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -34,6 +35,7 @@ from dsv3_jax.model.layers import FP8_BLOCK
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.rules import parameter_spec
+from pallas_kernels import only_shapes
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ def load_pretrained(
     dtype: str = "bfloat16",
     *,
     keep_fp8: bool = False,
+    allow_nonfinite: bool = False,
 ) -> tuple[Transformer, dict]:
     """Loads a Hugging Face folder, or the newest checkpoint of a run or of a converted folder.
 
@@ -69,13 +72,15 @@ def load_pretrained(
       dtype: "bfloat16" or "float32".
       keep_fp8: leave FP8 weights as they are, with their scales in variables["scales"]; the model
         multiplies as it uses them. A parameter some of whose tensors are not FP8 becomes `dtype`.
+      allow_nonfinite: accept NaN and infinite weights in a Hugging Face folder.
 
     Returns:
       The model and {"params", "router_state"}: `model.apply(variables, input_ids)`.
 
     Raises:
       WeightsError: damaged files; a tensor that is missing, fills no parameter, or has another
-        shape or dtype than the config says; an FP8 weight without scale or a scale without one.
+        shape or dtype than the config says; an FP8 weight without scale or a scale without one;
+        NaN or infinite weights. The message names tensor and file.
       ConfigError: a config.json of another architecture, no checkpoint, a wrong `dtype`, or
         `keep_fp8` where nothing is FP8 in blocks of 128 x 128.
       CheckpointError: the checkpoint is damaged.
@@ -88,7 +93,9 @@ def load_pretrained(
                 f"mesh axis {axis!r} must be one of {', '.join(AXES)} (load_pretrained)"
             )
     origin = find_weights(path)
-    variables = load_variables(origin, mesh, np.dtype(dtype), keep_fp8=keep_fp8)
+    variables = load_variables(
+        origin, mesh, np.dtype(dtype), keep_fp8=keep_fp8, allow_nonfinite=allow_nonfinite
+    )
     return Transformer(origin.config, RuntimeConfig(compute_dtype=dtype)), variables
 
 
@@ -98,6 +105,7 @@ def load_variables(
     dtype: np.dtype,
     *,
     keep_fp8: bool = False,
+    allow_nonfinite: bool = False,
     mtp_modules: int | None = None,
 ) -> dict:
     """{"params", "router_state"} as `load_pretrained` gives them.
@@ -109,7 +117,7 @@ def load_variables(
     if mtp_modules is not None:
         config = dataclasses.replace(config, num_nextn_predict_layers=mtp_modules)
     if origin.step is None:
-        variables = _load_hf_folder(origin, config, mesh, dtype, keep_fp8)
+        variables = _load_hf_folder(origin, config, mesh, dtype, keep_fp8, allow_nonfinite)
     elif keep_fp8:
         raise ConfigError(
             f"{keep_fp8=} needs a Hugging Face folder with FP8 weights ({origin.folder})"
@@ -151,10 +159,15 @@ def _tensor(tree: Any, path: list[str], row: hf_names.Row) -> np.ndarray:
 
 def abstract_variables(config: ModelConfig) -> dict:
     """Shapes of {"params", "router_state"} (router_state may be absent) without computing them."""
+    return jax.tree.map(lambda leaf: leaf, _abstract_variables(config))  # the caller's own
+
+
+@functools.cache
+def _abstract_variables(config: ModelConfig) -> dict:
     model = Transformer(config)
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     # Whatever the caller's mesh, which need not suit this input.
-    with _only(jax.local_devices()[0]):
+    with _only(jax.local_devices()[0]), only_shapes():
         return jax.eval_shape(model.init, jax.random.key(0), ids)
 
 
@@ -163,7 +176,12 @@ def _loaded_dtype(path: hf_names.Path, dtype: np.dtype) -> np.dtype:
 
 
 def _load_hf_folder(
-    origin: Origin, config: ModelConfig, mesh: Mesh | None, dtype: np.dtype, keep_fp8: bool
+    origin: Origin,
+    config: ModelConfig,
+    mesh: Mesh | None,
+    dtype: np.dtype,
+    keep_fp8: bool,
+    allow_nonfinite: bool,
 ) -> dict:
     """Reads every parameter of `config` onto its devices, one after the other."""
     folder = origin.folder
@@ -181,14 +199,20 @@ def _load_hf_folder(
             raise WeightsError(
                 f"tensor {item.name!r} must equal {item.other!r} ({item.entry.file})"
             )
-    reader = PartReader(plan, block)
+    reader = PartReader(plan, block, allow_nonfinite)
     kept = {path for path in shapes if keep_fp8 and _can_stay_fp8(path, reader.slots(path))}
     if keep_fp8 and (not kept or block != (FP8_BLOCK, FP8_BLOCK)):
         raise ConfigError(
             f"{keep_fp8=} needs FP8 weights in blocks of {FP8_BLOCK} x {FP8_BLOCK} ({folder})"
         )
     scales = PartReader(
-        (dataclasses.replace(a, entry=a.scale) for a in plan if a.scale is not None), block
+        (
+            dataclasses.replace(a, name=a.name + SCALE_SUFFIX, entry=a.scale)
+            for a in plan
+            if a.scale is not None
+        ),
+        block,
+        allow_nonfinite,
     )
     variables: dict = {}
     for path, shape in shapes.items():

@@ -10,7 +10,9 @@ import numpy as np
 from dsv3_jax.checkpoints import hf_names
 from dsv3_jax.checkpoints.array_store import turned
 from dsv3_jax.checkpoints.fp8 import dequantize_blocks
-from dsv3_jax.checkpoints.ledger import FP8, Assignment
+from dsv3_jax.checkpoints.ledger import FP8, SCALE_SUFFIX, Assignment
+from dsv3_jax.checkpoints.safetensors_io import TensorEntry, WeightsError
+from dsv3_jax.checkpoints.tensor_bands import has_nonfinite
 
 
 class PartReader:
@@ -19,10 +21,16 @@ class PartReader:
     Args:
       assignments: of the tensors that fill the parameters, see `ledger.assign`.
       block: rows and columns of an FP8 weight that share a scale.
+      allow_nonfinite: accept NaN and infinite weights.
     """
 
-    def __init__(self, assignments: Iterable[Assignment], block: tuple[int, int] | None) -> None:
-        self._block = block
+    def __init__(
+        self,
+        assignments: Iterable[Assignment],
+        block: tuple[int, int] | None,
+        allow_nonfinite: bool,
+    ) -> None:
+        self._block, self._allow_nonfinite = block, allow_nonfinite
         self._slots: dict[hf_names.Path, dict[tuple[int, ...], Assignment]] = {}
         for assignment in assignments:
             if assignment.row is not None:
@@ -40,6 +48,9 @@ class PartReader:
         """Elements `part` (start and end along each axis) of a parameter, as `dtype`.
 
         FP8 weights come times their scales, or as they are if `dtype` is FP8.
+
+        Raises:
+          WeightsError: a number in this part is not finite, unless allowed.
         """
         slots = self._slots[path]
         row = next(iter(slots.values())).row
@@ -73,7 +84,12 @@ class PartReader:
             return
         # Rounded first: there is less to turn, and float64 cannot be turned by bits.
         raw = entry.read()[part].astype(out.dtype, copy=False)
+        self._check(assignment.name, entry, raw)
         out[...] = turned(raw) if transpose else raw
+
+    def _check(self, name: str, entry: TensorEntry, values: np.ndarray) -> None:
+        if not self._allow_nonfinite and has_nonfinite(values):
+            raise WeightsError(f"tensor {name!r} has NaN or infinite weights ({entry.file})")
 
     def _dequantize(
         self, assignment: Assignment, part: tuple[slice, ...], transpose: bool, out: np.ndarray
@@ -88,6 +104,8 @@ class PartReader:
             for b, size, n in zip(blocks, self._block, assignment.entry.shape, strict=True)
         )
         codes, scales = assignment.entry.read()[whole], assignment.scale.read()[tuple(blocks)]
+        self._check(assignment.name, assignment.entry, codes)
+        self._check(assignment.name + SCALE_SUFFIX, assignment.scale, scales)
         if whole == part:
             dequantize_blocks(codes, scales, out.dtype, self._block, out, transpose=transpose)
             return

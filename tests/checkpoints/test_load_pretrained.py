@@ -16,9 +16,11 @@ from dsv3_jax.checkpoints.hf_parts import PartReader
 from dsv3_jax.checkpoints.inspect import describe
 from dsv3_jax.checkpoints.safetensors_io import WeightsError
 from dsv3_jax.checkpoints.store import CheckpointStore, describe_run
-from dsv3_jax.config import ConfigError, DataConfig, ParallelConfig, TrainConfig
+from dsv3_jax.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from dsv3_jax.model.cache import init_cache
+from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.mesh import make_mesh
+from pallas_kernels import _choose
 from tests.oracles import hf
 
 # Sizes past one block of 128, most of them leaving partial blocks; 8 experts and a hidden size
@@ -362,3 +364,36 @@ def test_fp8_is_kept_only_where_it_can_be(tmp_path, tensors, checkpoint):
     assert str(experts["gate_up_proj"].dtype) == "bfloat16"
     assert str(experts["down_proj"].dtype) == "float8_e4m3fn"
     assert set(variables["scales"]["moe_layers"]["mlp"]["experts"]) == {"down_proj"}
+
+
+@pytest.mark.parametrize("keep_fp8", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.2.mlp.gate.weight", np.nan),
+        ("model.layers.2.input_layernorm.weight", -np.inf),
+        (WEIGHT, np.nan),
+        (SCALE, np.inf),
+    ],
+)
+def test_nan_and_infinity_are_named(tmp_path, tensors, mesh, name, value, keep_fp8):
+    changed = dict(tensors)
+    changed[name] = tensors[name].clone()
+    changed[name].view(-1)[-1] = value
+    folder = save(tmp_path, changed)
+    file = folder / f"{name.endswith('_scale_inv')}.safetensors"
+    with pytest.raises(WeightsError) as caught:
+        load_pretrained(folder, mesh, keep_fp8=keep_fp8)
+    assert str(caught.value) == f"tensor {name!r} has NaN or infinite weights ({file})"
+    load_pretrained(folder, keep_fp8=keep_fp8, allow_nonfinite=True)
+
+
+def test_shapes_alone_choose_no_kernel_aloud(caplog):
+    config = ModelConfig.from_hf(CONFIG | {"num_hidden_layers": 2, "first_k_dense_replace": 1})
+    caplog.set_level("INFO", "pallas_kernels")
+    _choose._log_once.cache_clear()
+    convert.abstract_variables(config)["params"].clear()
+    assert not caplog.records
+    assert convert.abstract_variables(config)["params"]  # what a caller does to it is its own
+    jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    assert "grouped_matmul: using the portable implementation" in caplog.text
