@@ -110,7 +110,9 @@ def hot():
     return variables, ids, run(variables, ids)
 
 
-@pytest.mark.parametrize("mesh", [None, {"expert": 8}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(None, marks=pytest.mark.slow), {"expert": 8}], ids=str
+)
 def test_outputs_and_loads_are_those_without_copies(mesh):
     variables, ids, plain = hot()
     layers, mtp = plain.routing.moe_layers.load, plain.routing.mtp[0].load

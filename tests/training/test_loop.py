@@ -136,6 +136,7 @@ def test_a_run_loads_as_a_model_and_completes_a_prompt(whole, config):
     assert gate.dtype == jnp.float32 and half["params"]["norm"]["weight"].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow  # The next one resumes, too.
 def test_resumed_equals_never_stopped(whole, config, tmp_path):
     assert train(dataclasses.replace(config, steps=5), tmp_path) == 0
     assert len(_losses(tmp_path)) == 5

@@ -39,7 +39,7 @@ def _close(a, b, tolerance):
     ("accumulation", "runtime"),
     [
         (4, {}),
-        (1, {"remat_policy": "full"}),
+        pytest.param(1, {"remat_policy": "full"}, marks=pytest.mark.slow),
         pytest.param(1, {"remat_policy": "dots"}, marks=pytest.mark.slow),
         (2, {"remat_policy": "attention", "unroll_layers": True}),
     ],
