@@ -144,7 +144,7 @@ def test_resumed_equals_never_stopped(whole, config, tmp_path):
     _same_run(tmp_path, whole)
 
 
-def test_sigterm_saves_and_exits_0_and_the_rest_is_the_same(whole, config_file, tmp_path):
+def test_sigterm_saves_and_exits_0_and_the_rest_is_the_same(whole, config, config_file, tmp_path):
     process = _start(config_file, tmp_path)
     _wait_for_step(tmp_path, 1, process)
     process.send_signal(signal.SIGTERM)
@@ -152,9 +152,7 @@ def test_sigterm_saves_and_exits_0_and_the_rest_is_the_same(whole, config_file, 
     assert process.returncode == 0, stderr
     stopped = CheckpointStore(tmp_path / "checkpoints").latest_step()
     assert 1 <= stopped < STEPS and "stopped by SIGTERM" in stderr
-    process = _start(config_file, tmp_path, "--resume")
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
+    assert train(config, tmp_path, resume=True) == 0
     _same_run(tmp_path, whole)
 
 
