@@ -178,10 +178,8 @@ class RoutedExperts(nn.Module):
         The combine weight is applied before `down_proj`, which is the same sum: the activation is
         narrower than the output, and the output is then not needed for the gradient.
         """
-        gate_up, implementation = (
-            gate_up.reshape(*gate_up.shape[:2], -1),
-            self.runtime.grouped_matmul,
-        )
+        implementation = self.runtime.grouped_matmul
+        gate_up = gate_up.reshape(*gate_up.shape[:2], -1)
         if self.runtime.fp8_experts:
             return expert_mlp_fp8(rows, gate_up, down, group_sizes, row_weight, implementation)
         multiply = functools.partial(
